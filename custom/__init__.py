@@ -1,0 +1,3 @@
+"""Open radiotherapy dose prediction: everything the bundle's configs name."""
+
+__version__ = "0.1.0"
