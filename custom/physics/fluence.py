@@ -1,0 +1,267 @@
+"""Fluence optimisation: the plan prior, synthetic plans, and the deliverable dose nearest to a given one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage, optimize
+
+from custom.case import BODY, Case, CaseError
+from custom.physics.pencil_beam import Direction, Field, density_from_hu
+
+__all__ = ["Objective", "Plan", "case_directions", "load_objectives", "mimic_dose", "plan_dose"]
+
+RING = "Ring"
+KINDS = ("min", "max")
+
+
+def objectives_path() -> Path:
+    """``configs/plan_objectives.json`` beside this package, in the repository or in an assembled bundle."""
+    root = Path(__file__).resolve().parents[2]
+    found = [p for p in (root / "configs", root / "bundle" / "configs") if p.is_dir()]
+    return (found[0] if found else root / "configs") / "plan_objectives.json"
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One row of the planning objectives: penalises ``weight * mean(excess^2)`` over a structure's voxels.
+
+    Args:
+        structure: TG-263 name; ``"Target"`` for every target, ``"Ring"`` for the tissue 4 to 30 mm around the targets,
+            ``"Body"`` for all tissue outside the targets.
+        kind: ``"min"`` or ``"max"``.
+        dose_gy: limit in Gy, or None when ``dose_share`` is given.
+        dose_share: limit as a share of the structure's own prescription (targets), or the highest one (others).
+        weight: relative weight.
+        level: for targets only: "high", "lower", or None for both.
+    """
+
+    structure: str
+    kind: str
+    weight: float
+    dose_gy: float | None = None
+    dose_share: float | None = None
+    level: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A planned dose and the fluence that gives it.
+
+    Args:
+        dose_gy: on the case's grid, zero outside the body.
+        fluences: one ``(n_u, n_w)`` array a direction, whole course, relative units.
+        u_mm, w_mm: beamlet centres at the isocentre plane (IEC X, and IEC Y towards superior).
+        gantry_deg: one angle a direction.
+    """
+
+    dose_gy: np.ndarray
+    fluences: list[np.ndarray]
+    u_mm: list[np.ndarray]
+    w_mm: list[np.ndarray]
+    gantry_deg: list[float]
+
+
+def load_objectives(path: str | Path | None = None) -> tuple[Objective, ...]:
+    """Read the planning objectives, one JSON object a row.
+
+    Raises:
+        CaseError: a row that cannot be read; names the file and the row.
+    """
+    path = Path(path) if path else objectives_path()
+    try:
+        rows = json.loads(path.read_text())["objectives"]
+        found = tuple(Objective(**row) for row in rows)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CaseError(f"{path}: expected {{'objectives': [rows of {Objective.__name__}]}}, found: {error}") from error
+    for number, row in enumerate(found, 1):
+        if row.kind not in KINDS or (row.dose_gy is None) == (row.dose_share is None) or not row.weight > 0:
+            raise CaseError(f"{path}, row {number}: wants kind {KINDS}, one of dose_gy and dose_share, and a positive "
+                            f"weight; found {row}")
+    return found
+
+
+def plan_dose(case: Case, objectives: Sequence[Objective] | None = None, *, beamlet_mm: float = 6.0,
+              iterations: int = 50, normalise: bool = False, max_directions: int = 24, seed: int = 0) -> Plan:
+    """Plan the case on its own CT, structures and beams.
+
+    Args:
+        case: on an axis-aligned grid. Without a CT the body is water.
+        objectives: rows; None reads ``configs/plan_objectives.json``.
+        iterations: of L-BFGS-B.
+        normalise: scale so that the highest target's D95 is its prescription (synthetic patients); otherwise the
+            optimiser's own trade-off stands (plan prior).
+        max_directions: arcs are sampled by at most so many directions.
+        seed: of the voxel sample the objectives are evaluated on.
+    """
+    objectives = load_objectives() if objectives is None else objectives
+    regions = _regions(case, objectives)
+    rng = np.random.default_rng(seed)
+    chosen = np.zeros(case.grid.shape, dtype=bool)
+    for name, mask in regions.items():
+        chosen |= mask & (rng.random(mask.shape) < _sampled_share(name, mask, case))
+    index = np.nonzero(chosen)
+    directions = case_directions(case, beamlet_mm, max_directions)
+    terms = _terms(case, objectives, regions, index)
+
+    def loss(dose: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = 0.0, np.zeros_like(dose)
+        for kind, voxels, limit, weight in terms:
+            excess = dose[voxels] - limit
+            excess = np.minimum(excess, 0.0) if kind == "min" else np.maximum(excess, 0.0)
+            value += float(weight * np.dot(excess, excess))
+            gradient[voxels] += 2.0 * weight * excess
+        return value, gradient
+
+    main = next(iter(case.targets))
+    start_on = np.flatnonzero(case.masks[main][index]), case.targets[main]
+    fields = [d.field(index) for d in directions]
+    fluences = _optimise(fields, loss, iterations, start_on=start_on)
+    plan = _finish(case, directions, fluences)
+    if not normalise:
+        return plan
+    scale = case.targets[main] / max(float(np.percentile(plan.dose_gy[case.masks[main]], 5)), 1e-3)
+    return Plan(plan.dose_gy * np.float32(scale), [f * scale for f in plan.fluences], plan.u_mm, plan.w_mm,
+                plan.gantry_deg)
+
+
+def mimic_dose(case: Case, dose_gy: np.ndarray, *, beamlet_mm: float = 5.0, iterations: int = 40,
+               share: float = 0.5, margin_mm: float = 8.0, max_directions: int = 24, seed: int = 0) -> Plan:
+    """The dose deliverable by the case's beams that is nearest to ``dose_gy`` in the least-squares sense.
+
+    Deliverable doses form a convex set, so where the engine matches the reference's, this projection cannot
+    increase the root-mean-square error of a prediction.
+    """
+    index = np.nonzero(case.body)
+    kept = np.random.default_rng(seed).random(index[0].size) < share
+    sample = tuple(a[kept] for a in index)
+    wanted = np.asarray(dose_gy, dtype=np.float32)[sample]
+    directions = case_directions(case, beamlet_mm, max_directions, margin_mm)
+
+    def loss(dose: np.ndarray) -> tuple[float, np.ndarray]:
+        error = dose - wanted
+        return float(np.dot(error, error) / error.size), 2.0 * error / error.size
+
+    fields = [d.field(sample) for d in directions]
+    return _finish(case, directions, _optimise(fields, loss, iterations, start_on=(slice(None), float(wanted.mean())),
+                                               smoothing=0.0))
+
+
+def case_directions(case: Case, beamlet_mm: float, max_directions: int, margin_mm: float = 6.0) -> list[Direction]:
+    """The case's beams as engine directions; arcs are thinned to ``max_directions``. Without a CT the body is water."""
+    density = density_from_hu(case.ct_hu) if case.ct_hu is not None else np.ones(case.grid.shape, np.float32)
+    density = np.where(case.body, density, np.float32(0.0))
+    angles = [(angle, beam.isocenter_mm) for beam in case.beams for angle in beam.gantry_deg]
+    stride = max(1, -(-len(angles) // max_directions))
+    target = case.target_mask()
+    return [Direction(density, case.grid, angle, centre, target, beamlet_mm, margin_mm)
+            for angle, centre in angles[::stride]]
+
+
+def _regions(case: Case, objectives: Sequence[Objective]) -> dict[str, np.ndarray]:
+    target = case.target_mask()
+    tissue = case.body & ~target
+    distance = _distance_to(target, case.grid.spacing_mm, reach_mm=34.0)
+    regions = {roi: case.masks[roi] for roi in case.targets}
+    named = {row.structure for row in objectives}
+    regions |= {roi: case.masks[roi] & case.body for roi in named if roi in case.masks and roi != BODY}
+    regions[RING] = tissue & (distance > 4.0) & (distance <= 30.0)
+    regions[BODY] = tissue
+    return {name: mask for name, mask in regions.items() if mask.any()}
+
+
+def _distance_to(mask: np.ndarray, spacing_mm, reach_mm: float) -> np.ndarray:
+    """Distance in mm to ``mask``, infinite beyond its bounding box grown by ``reach_mm``."""
+    box = ndimage.find_objects(mask.astype(np.int8))[0]
+    grown = tuple(slice(max(0, s.start - int(reach_mm / d) - 1), s.stop + int(reach_mm / d) + 1)
+                  for s, d in zip(box, spacing_mm, strict=True))
+    out = np.full(mask.shape, np.inf, dtype=np.float32)
+    out[grown] = ndimage.distance_transform_edt(~mask[grown], sampling=spacing_mm)
+    return out
+
+
+def _sampled_share(name: str, mask: np.ndarray, case: Case) -> float:
+    """Share of a region's voxels the objectives look at: all of the targets, about 4000 of an organ."""
+    count = {BODY: 8000, RING: 8000}.get(name, 4000)
+    return 1.0 if name in case.prescription_gy else min(1.0, count / mask.sum())
+
+
+def _terms(case: Case, objectives: Sequence[Objective], regions, index) -> list[tuple]:
+    """``(kind, positions in the voxel list, limit in Gy, weight per voxel)`` for each objective that applies."""
+    highest = case.highest_prescription_gy
+    terms = []
+    for row in objectives:
+        names = list(case.targets) if row.structure == "Target" else [row.structure]
+        for name in names:
+            if name not in regions:
+                continue
+            own = case.prescription_gy.get(name, highest)
+            if row.level is not None and (own == highest) != (row.level == "high"):
+                continue
+            voxels = np.flatnonzero(regions[name][index])
+            limit = row.dose_gy if row.dose_gy is not None else row.dose_share * own
+            terms.append((row.kind, voxels, np.float32(limit), np.float32(row.weight / max(voxels.size, 1))))
+    return terms
+
+
+def _optimise(fields: list[Field], loss, iterations: int, start_on, smoothing: float = 0.02) -> list[np.ndarray]:
+    """Non-negative fluences that minimise ``loss(dose) -> (value, gradient)``, by L-BFGS-B from a uniform start.
+
+    ``start_on`` is ``(voxels, mean dose in Gy)``: the uniform fluence begins at that mean over those voxels.
+    """
+    offsets = np.concatenate([[0], np.cumsum([f.active.sum() for f in fields])])
+
+    def unpack(x: np.ndarray) -> list[np.ndarray]:
+        fluences = [np.zeros(f.active.shape, dtype=np.float32) for f in fields]
+        for fluence, field, a, b in zip(fluences, fields, offsets[:-1], offsets[1:], strict=True):
+            fluence[field.active] = x[a:b]
+        return fluences
+
+    def total(fluences) -> np.ndarray:
+        return sum(field.forward(fluence) for field, fluence in zip(fields, fluences, strict=True))
+
+    def value_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
+        fluences = unpack(x)
+        value, gradient = loss(total(fluences))
+        out = np.empty_like(x)
+        for field, fluence, a, b in zip(fields, fluences, offsets[:-1], offsets[1:], strict=True):
+            back = field.adjoint(gradient.astype(np.float32))
+            if smoothing:
+                rough, slope = _roughness(fluence)
+                value, back = value + smoothing * rough, back + smoothing * slope
+            out[a:b] = back[field.active]
+        return value, out
+
+    ones = np.ones(offsets[-1])
+    voxels, level = start_on
+    ones *= level / max(float(total(unpack(ones))[voxels].mean()), 1e-6)
+    result = optimize.minimize(value_and_gradient, ones, jac=True, method="L-BFGS-B", bounds=[(0, None)] * ones.size,
+                               options={"maxiter": iterations, "maxcor": 8, "maxfun": 2 * iterations})
+    return unpack(result.x)
+
+
+def _roughness(fluence: np.ndarray) -> tuple[float, np.ndarray]:
+    """Sum of squared differences of neighbouring beamlets, and its gradient."""
+    value, gradient = 0.0, np.zeros_like(fluence)
+    for axis in (0, 1):
+        step = np.diff(fluence, axis=axis)
+        value += float((step**2).sum())
+        padding = [(0, 0), (0, 0)]
+        padding[axis] = (1, 1)
+        gradient -= 2.0 * np.diff(np.pad(step, padding), axis=axis)
+    return value, gradient
+
+
+def _finish(case: Case, directions: list[Direction], fluences: list[np.ndarray]) -> Plan:
+    """Dose of the fluences in the whole body, in slabs so that memory stays bounded."""
+    index = np.nonzero(case.body)
+    dose = np.zeros(case.grid.shape, dtype=np.float32)
+    for start in range(0, index[0].size, 200_000):
+        part = tuple(a[start : start + 200_000] for a in index)
+        dose[part] = sum(d.field(part).forward(f) for d, f in zip(directions, fluences, strict=True))
+    return Plan(dose, fluences, [d.u_mm for d in directions], [d.w_mm for d in directions],
+                [d.gantry_deg for d in directions])

@@ -1,0 +1,210 @@
+"""Condition channels: each kind has one builder, the config names the channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+
+from custom.case import Case, CaseError, DoseScale, Keys, Site, Technique
+from custom.geometry.distance import signed_distance_mm
+from custom.physics.fluence import load_objectives, plan_dose
+from custom.physics.open_field import open_field_dose
+
+__all__ = ["AppendContextd", "ConditionChannelsd", "TrainingTensorsd"]
+
+DISTANCE_SCALE_MM = 50.0
+ABSENT_DISTANCE = -1.0
+PAIRS = {"Lungs": ("Lung_L", "Lung_R")}
+CONTEXT = "context"
+
+
+class Conditions:
+    """Builds channels of one case; what several channels share is computed once."""
+
+    def __init__(self, case: Case, plan_options: Mapping[str, object]) -> None:
+        self.case = case
+        self.plan_options = plan_options
+
+    def build(self, name: str) -> np.ndarray | float:
+        """The channel ``name``: an array ``[i, j, k]``, or a number for a context channel."""
+        for prefix, builder in BUILDERS.items():
+            if name == prefix or (prefix.endswith("_") and name.startswith(prefix)):
+                return builder(self, name[len(prefix):])
+        raise CaseError(f"condition channel {name!r} is unknown; known are {', '.join(sorted(BUILDERS))} "
+                        "(a name that ends in '_' is followed by a structure or a level)")
+
+    def mask(self, roi: str) -> np.ndarray | None:
+        """Mask of a structure or of a pair that the case gives in halves; None when absent or empty."""
+        parts = [self.case.masks[name] for name in (roi, *PAIRS.get(roi, ())) if name in self.case.masks]
+        mask = np.logical_or.reduce(parts) if parts else None
+        return mask if mask is not None and mask.any() else None
+
+    @cached_property
+    def levels(self) -> dict[str, np.ndarray]:
+        """Targets by level: ``high``, ``low`` where there are two or more, ``mid`` for those between."""
+        doses = sorted({*self.case.prescription_gy.values()}, reverse=True)
+        names = {doses[0]: "high"} if doses else {}
+        if len(doses) > 1:
+            names.update(dict.fromkeys(doses[1:-1], "mid"))
+            names[doses[-1]] = "low"
+        found: dict[str, np.ndarray] = {}
+        for roi, gy in self.case.prescription_gy.items():
+            level = names[gy]
+            found[level] = found[level] | self.case.masks[roi] if level in found else self.case.masks[roi]
+        return {level: mask for level, mask in found.items() if mask.any()}
+
+    @cached_property
+    def beams(self) -> dict[str, np.ndarray]:
+        """Open-field dose of the targets at or above each level."""
+        order = [level for level in ("high", "mid", "low") if level in self.levels]
+        unions = [np.logical_or.reduce([self.levels[k] for k in order[: n + 1]]) for n in range(len(order))]
+        return dict(zip(order, open_field_dose(self.case, unions), strict=True))
+
+    def signed_distance(self, mask: np.ndarray | None) -> np.ndarray:
+        if mask is None:
+            return np.full(self.case.grid.shape, ABSENT_DISTANCE, dtype=np.float32)
+        return signed_distance_mm(mask, self.case.grid.spacing_mm, DISTANCE_SCALE_MM) / DISTANCE_SCALE_MM
+
+
+def _ct(c: Conditions, _: str) -> np.ndarray:
+    if c.case.ct_hu is None:
+        return np.zeros(c.case.grid.shape, dtype=np.float32)
+    return (np.clip(c.case.ct_hu, -1000.0, 2000.0) / 1000.0).astype(np.float32)
+
+
+def _prescription(c: Conditions, _: str) -> np.ndarray:
+    painted = np.zeros(c.case.grid.shape, dtype=np.float32)
+    for roi, gy in reversed(c.case.targets.items()):
+        painted[c.case.masks[roi]] = gy / c.case.highest_prescription_gy
+    return painted
+
+
+def _plan_prior(c: Conditions, _: str) -> np.ndarray:
+    plan = plan_dose(c.case, **c.plan_options)
+    return DoseScale(c.case.highest_prescription_gy).to_network(plan.dose_gy)
+
+
+def _beam(c: Conditions, level: str) -> np.ndarray:
+    found = c.beams.get(level)
+    return np.zeros(c.case.grid.shape, dtype=np.float32) if found is None else found
+
+
+def _mask(c: Conditions, roi: str) -> np.ndarray:
+    mask = c.mask(roi)
+    return np.zeros(c.case.grid.shape, dtype=np.float32) if mask is None else mask.astype(np.float32)
+
+
+def _spacing(c: Conditions, axis: str) -> float:
+    return float(c.case.grid.spacing_mm["xyz".index(axis)] / 4.0)
+
+
+BUILDERS: dict[str, Callable[[Conditions, str], np.ndarray | float]] = {
+    "ct": _ct,
+    "body": lambda c, _: c.case.body.astype(np.float32),
+    "prescription": _prescription,
+    "plan_prior": _plan_prior,
+    "beam_": _beam,
+    "mask_": _mask,
+    "sdm_target_": lambda c, level: c.signed_distance(c.levels.get(level)),
+    "sdm_": lambda c, roi: c.signed_distance(c.mask(roi)),
+    "has_ct": lambda c, _: float(c.case.ct_hu is not None),
+    "has_target_": lambda c, level: float(level in c.levels),
+    "has_": lambda c, roi: float(c.mask(roi) is not None),
+    "is_vmat": lambda c, _: float(c.case.technique == Technique.VMAT),
+    "is_lung": lambda c, _: float(c.case.site == Site.LUNG),
+    "prescription_level": lambda c, _: c.case.highest_prescription_gy / 70.0,
+    "spacing_": _spacing,
+}
+
+
+class ConditionChannelsd(MapTransform):
+    """Build the network's conditions from ``data["work"]``.
+
+    Sets ``image`` (``(C, X, Y, Z)`` float32 MetaTensor of the spatial channels), ``context`` (float32 vector of the
+    context channels), ``body``, and where a reference dose came along ``label`` (fraction of the highest prescription).
+
+    Args:
+        keys: key of the working case.
+        spatial_channels, context_channels: names, see ``BUILDERS``.
+        plan_objectives: file with the planning objectives; None takes ``configs/plan_objectives.json``.
+        plan_beamlet_mm, plan_iterations: effort of the plan prior.
+    """
+
+    def __init__(self, keys: KeysCollection = "work", spatial_channels: Sequence[str] = (),
+                 context_channels: Sequence[str] = (), plan_objectives: str | None = None,
+                 plan_beamlet_mm: float = 6.0, plan_iterations: int = 50) -> None:
+        super().__init__(keys)
+        self.spatial_channels, self.context_channels = tuple(spatial_channels), tuple(context_channels)
+        self.plan_objectives = plan_objectives
+        self.plan_beamlet_mm, self.plan_iterations = plan_beamlet_mm, plan_iterations
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
+        out = dict(data)
+        for key in self.key_iterator(out):
+            case: Case = out[key]
+            conditions = Conditions(case, {"objectives": load_objectives(self.plan_objectives),
+                                           "beamlet_mm": self.plan_beamlet_mm, "iterations": self.plan_iterations})
+            spatial = np.stack([conditions.build(name) for name in self.spatial_channels]).astype(np.float32)
+            affine = torch.as_tensor(case.grid.ras_affine)
+            out[Keys.IMAGE] = MetaTensor(torch.from_numpy(spatial), affine=affine)
+            out[CONTEXT] = torch.tensor([float(conditions.build(name)) for name in self.context_channels])
+            out[Keys.BODY] = MetaTensor(torch.from_numpy(case.body[None].copy()), affine=affine)
+            if case.dose_gy is not None:
+                label = DoseScale(case.highest_prescription_gy).to_network(case.dose_gy).astype(np.float32)
+                out[Keys.LABEL] = MetaTensor(torch.from_numpy(label[None].copy()), affine=affine)
+        return out
+
+
+class TrainingTensorsd(MapTransform):
+    """Keep only what training needs, small: half-precision tensors, no case.
+
+    Args:
+        keys: key of the working case.
+        roi_names: structures of the ``rois`` tensor ``(R, X, Y, Z)`` uint8, in this order; absent ones are zero.
+            ``"target_high"``, ``"target_mid"``, ``"target_low"`` are the targets by level.
+    """
+
+    def __init__(self, keys: KeysCollection = "work", roi_names: Sequence[str] = ()) -> None:
+        super().__init__(keys)
+        self.roi_names = tuple(roi_names)
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
+        case: Case = data[self.keys[0]]
+        if Keys.LABEL not in data:
+            raise CaseError(f"case {case.name}: training needs a reference dose; found none in {case.source}")
+        conditions = Conditions(case, {})
+        rois = torch.zeros((len(self.roi_names), *case.grid.shape), dtype=torch.uint8)
+        for row, name in zip(rois, self.roi_names, strict=True):
+            level = name.removeprefix("target_")
+            mask = conditions.levels.get(level) if name != level else conditions.mask(name)
+            if mask is not None:
+                row.copy_(torch.from_numpy(mask))
+        return {
+            Keys.IMAGE: torch.as_tensor(data[Keys.IMAGE]).to(torch.float16).contiguous(),
+            CONTEXT: data[CONTEXT],
+            Keys.LABEL: torch.as_tensor(data[Keys.LABEL]).to(torch.float16).contiguous(),
+            Keys.BODY: torch.as_tensor(data[Keys.BODY]).to(torch.uint8).contiguous(),
+            Keys.ROIS: rois,
+            "prescription_gy": torch.tensor(case.highest_prescription_gy),
+        }
+
+
+class AppendContextd(MapTransform):
+    """Append the context vector to ``image`` as constant channels, in float32."""
+
+    def __init__(self, keys: KeysCollection = Keys.IMAGE) -> None:
+        super().__init__(keys)
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
+        out = dict(data)
+        for key in self.key_iterator(out):
+            image = out[key].float()
+            context = out[CONTEXT].to(image.device).reshape(-1, 1, 1, 1).expand(-1, *image.shape[1:])
+            out[key] = torch.cat([image, context])
+        return out
