@@ -1,0 +1,72 @@
+# `make demo` and `make test` set everything up themselves; `make help` lists the rest.
+#   PYTHON=python3.11   the interpreter of the virtual environment (3.10 to 3.12; default: the first one found)
+#   VENV=.venv          where the virtual environment lies
+#   PYTEST_ARGS=...     passed on to pytest
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+SHELL := /bin/bash
+
+PYTHON ?=
+VENV ?= .venv
+PYTEST_ARGS ?=
+BIN := $(VENV)/bin
+# Named after what was installed, so that an unchanged environment is known without asking pip or the network.
+STAMP := $(VENV)/.installed-$(shell cat constraints.txt pyproject.toml | cksum | tr ' ' '-')
+
+DEMO := demo
+DEMO_CASE := hn_demo
+
+.PHONY: help setup demo test lint clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: $(STAMP)  ## the virtual environment with the pinned dependencies
+
+$(STAMP):
+	@set -e; \
+	if [ ! -x $(BIN)/python ]; then \
+	    for python in $(PYTHON) $(if $(PYTHON),,python3 python3.12 python3.11 python3.10); do \
+	        if "$$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; \
+	        then found=$$python; break; fi; \
+	    done; \
+	    if [ -z "$${found:-}" ]; then \
+	        echo "make: found no Python 3.10 to 3.12 (tried: $(or $(PYTHON),python3 python3.12 python3.11 python3.10));" \
+	            "install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; \
+	    fi; \
+	    echo "== virtual environment in $(VENV) with $$("$$found" --version)"; \
+	    "$$found" -m venv $(VENV); \
+	fi
+	@echo "== installing the pinned dependencies (a few minutes the first time)"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@# rt-utils asks for opencv-python, which wants a desktop's libGL; the headless build of the same version does not.
+	@$(BIN)/python -c 'import cv2' 2>/dev/null || \
+	    $(BIN)/python -m pip install --no-deps --force-reinstall -c constraints.txt opencv-python-headless
+	@rm -f $(VENV)/.installed-* && touch $@
+
+$(DEMO)/data/$(DEMO_CASE): | $(STAMP)
+	@echo "== writing the synthetic head-and-neck case as DICOM"
+	@rm -rf $(DEMO)/data.part && mkdir -p $(DEMO)/data.part $(DEMO)/data
+	$(BIN)/python -m custom.phantom $(DEMO)/data.part --site HeadNeck
+	@mv $(DEMO)/data.part/$(DEMO_CASE) $@ && rmdir $(DEMO)/data.part
+
+demo: $(STAMP) | $(DEMO)/data/$(DEMO_CASE)  ## predict the dose of a synthetic head-and-neck case
+	@echo "== predicting its dose with MONAI's bundle runner"
+	$(BIN)/python -m monai.bundle run inference --config_file bundle/configs/inference.json \
+	    --dataset_dir $(DEMO)/data/$(DEMO_CASE) --output_dir $(DEMO)/results
+	@set -e; echo "== results in $(DEMO)/results/$(DEMO_CASE)"; \
+	for file in RTDOSE.dcm dose.nii.gz report.html report.json; do \
+	    path=$(DEMO)/results/$(DEMO_CASE)/$$file; \
+	    [ -s "$$path" ] || { echo "make: the run ended without $$path" >&2; exit 1; }; \
+	    echo "   $$path"; \
+	done
+
+test: $(STAMP)  ## all tests but those marked slow
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## ruff over the whole tree
+	$(BIN)/ruff check .
+
+clean:  ## remove what the targets made, but not the virtual environment
+	rm -rf $(DEMO) build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find custom tests -name __pycache__ -type d -prune -exec rm -rf {} +
