@@ -1,0 +1,1 @@
+"""Networks: no Gy, no files, no configuration."""
