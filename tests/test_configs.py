@@ -25,6 +25,7 @@ ENTRY_KEYS = {
     "description": "the reader",
     "imports": "MONAI: modules for the expressions",
     "bundle_root": "MONAI, MONAI Label, users",
+    "dataset_dir": "users",
     "output_dir": "users, MONAI's tracking",
     "network_def": "MONAI, the zoo's verifier, MONAI Label and Deploy",
     "preprocessing": "MONAI Label and Deploy",

@@ -11,17 +11,18 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(path for path in (ROOT / "custom").rglob("*.py"))
 
 # Rooms of the house, lowest first; a room imports only from lower ones. A module's room is the first part of its
-# name below ``custom``; "report" also stands for report_*.
+# name below ``custom``; "report" and "phantom" also stand for report_* and phantom_*.
 LAYERS = (
-    {"case", "rois"},
+    {"case"},
+    {"rois"},
     {"io", "geometry", "dosimetry", "physics", "networks"},
     {"losses", "metrics", "report", "phantom"},
-    {"transforms", "objectives", "inferers", "engines"},
+    {"transforms", "objectives", "inferers", "engines", "datalists"},
     {"release"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-# Third-party packages and their homes: file formats live in io, and in the phantom that writes a study from nothing.
-HOMES = {"pydicom": {"io", "phantom"}, "rt_utils": {"io"}, "nibabel": {"io"}}
+# Third-party packages and their homes: file formats live in io, and in the phantom that writes studies.
+HOMES = {"pydicom": {"io", "phantom"}, "rt_utils": {"io", "phantom"}, "nibabel": {"io"}}
 TORCH_FREE = {"case", "rois", "io", "geometry", "dosimetry", "physics", "phantom"}
 
 

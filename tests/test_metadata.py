@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+import sys
 from pathlib import Path
 
 import jsonschema
@@ -13,6 +15,8 @@ import custom
 
 ROOT = Path(__file__).resolve().parents[1]
 METADATA = json.loads((ROOT / "bundle" / "configs" / "metadata.json").read_text(encoding="utf-8"))
+# Packages whose module has another name.
+IMPORT_TO_PACKAGE = {"ignite": "pytorch-ignite", "rt_utils": "rt-utils", "skimage": "scikit-image"}
 
 
 def pins() -> dict[str, set[str]]:
@@ -50,11 +54,27 @@ def test_packages_are_bare_pins_that_make_installs():
         assert version in pins()[package], f"{package}: constraints.txt pins {pins()[package]}, metadata says {version}"
 
 
-def test_states_every_dependency_of_the_package():
+def dependencies() -> set[str]:
+    """Packages that pyproject.toml asks for (read as text: Python 3.10 has no TOML reader)."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    listed = re.search(r"^dependencies = \[(.*?)^\]", text, flags=re.MULTILINE | re.DOTALL).group(1)
-    dependencies = set(re.findall(r'"([A-Za-z0-9-]+)>=', listed))
-    assert dependencies == set(METADATA["required_packages_version"]) | {"monai", "torch", "numpy"}
+    listed = re.search(r"^dependencies = \[(.*?)^\]", text, flags=re.MULTILINE | re.DOTALL)
+    return set(re.findall(r'"([A-Za-z0-9-]+)>=', listed[1]))
+
+
+def test_states_every_dependency_of_the_package():
+    assert dependencies() == set(METADATA["required_packages_version"]) | {"monai", "torch", "numpy"}
+
+
+def test_depends_on_every_package_that_the_code_imports():
+    imported = set()
+    for path in (ROOT / "custom").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                imported.add(node.module.split(".")[0])
+    packages = {IMPORT_TO_PACKAGE.get(name, name) for name in imported - set(sys.stdlib_module_names) - {"custom"}}
+    assert packages - dependencies() == set()
 
 
 @pytest.mark.parametrize(("side", "entry"), [("inputs", "image"), ("outputs", "pred")])
