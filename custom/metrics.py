@@ -20,6 +20,7 @@ import torch
 from monai.metrics import CumulativeIterationMetric
 
 from custom.case import Case, CaseError
+from custom.dosimetry.constraints import Constraint, check, compliance
 from custom.dosimetry.dvh import parse_metric
 from custom.dosimetry.indices import conformity_paddick, homogeneity_icru83, isodose_dice, isodose_hausdorff95_mm
 
@@ -55,12 +56,13 @@ TARGET_METRICS = {
 }
 
 
-def case_metrics(case: Case, dose_gy: np.ndarray) -> dict[str, float]:
+def case_metrics(case: Case, dose_gy: np.ndarray, constraints: Sequence[Constraint] = ()) -> dict[str, float]:
     """Compare a dose with the case's reference dose.
 
     Args:
         case: the patient; :attr:`Case.body` is OpenKBP's possible dose mask.
         dose_gy: predicted dose ``[i, j, k]``. Dose outside the body counts as error, as in OpenKBP's own score.
+        constraints: rows whose compliance is measured too, of the dose and of the reference.
 
     Returns:
         Flat dictionary of figures; nan where not applicable.
@@ -79,6 +81,9 @@ def case_metrics(case: Case, dose_gy: np.ndarray) -> dict[str, float]:
     row |= _organ_differences(case, dose_gy, reference_gy)
     row |= _target_differences(case, dose_gy, reference_gy)
     row |= _isodose_agreement(case, dose_gy, reference_gy)
+    if constraints:
+        row["constraints_met_percent"] = compliance(check(constraints, case, dose_gy))
+        row["reference_constraints_met_percent"] = compliance(check(constraints, case, reference_gy))
     row |= _openkbp_dvh_errors(case, dose_gy, reference_gy)
     return row
 

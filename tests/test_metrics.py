@@ -10,6 +10,7 @@ import torch
 from scipy import ndimage
 
 from custom.case import BODY, Beam, Case, CaseError, Grid
+from custom.dosimetry.constraints import load_constraints
 from custom.metrics import (
     DoseScore,
     case_metrics,
@@ -90,6 +91,11 @@ def test_case_metrics_of_a_shifted_dose(case):
     assert row["openkbp_dvh_error/PTV_6000/d95_gy"] == pytest.approx(1, abs=1e-4)
     assert row["openkbp_dvh_error/SpinalCord/d0.1cc_gy"] == pytest.approx(1, abs=1e-4)
     assert not any(k.startswith("openkbp_dvh_error/Lung") for k in row)
+
+
+def test_compliance_is_part_of_the_row_when_asked_for(case):
+    row = case_metrics(case, 0 * case.dose_gy, load_constraints())
+    assert 0 < row["constraints_met_percent"] < 100 and 0 < row["reference_constraints_met_percent"] < 100
 
 
 def test_dose_outside_the_body_counts_for_openkbp_only(case):

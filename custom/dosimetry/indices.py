@@ -9,6 +9,7 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 
 from custom.dosimetry.dvh import dose_at_volume
+from custom.dosimetry.regions import bounding_box
 
 __all__ = [
     "conformity_paddick",
@@ -101,7 +102,7 @@ def isodose_hausdorff95_mm(
 
     Arguments as in :func:`isodose_dice`; one value a level, nan where either dose does not reach it.
     """
-    box = _bounding_box(((dose_gy >= min(levels_gy)) | (reference_dose_gy >= min(levels_gy))) & body)
+    box = bounding_box(((dose_gy >= min(levels_gy)) | (reference_dose_gy >= min(levels_gy))) & body)
     if box is None:
         return np.full(len(levels_gy), np.nan)
     first, second, inside = dose_gy[box], reference_dose_gy[box], body[box]
@@ -133,20 +134,9 @@ def hausdorff95_mm(first: np.ndarray, second: np.ndarray, spacing_mm: Sequence[f
 
 def _surface_mm(mask: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
     """Positions ``(n, 3)`` in mm of the mask's voxels that touch the outside by a face."""
-    box = _bounding_box(mask)
+    box = bounding_box(mask)
     if box is None:
         return np.empty((0, mask.ndim))
     part = mask[box]
     index = np.argwhere(part & ~ndimage.binary_erosion(part)) + [s.start for s in box]
     return index * np.asarray(spacing_mm, dtype=np.float64)
-
-
-def _bounding_box(mask: np.ndarray) -> tuple[slice, ...] | None:
-    """Smallest box around the mask's voxels, or None when there are none."""
-    if not mask.any():
-        return None
-    box = []
-    for axis in range(mask.ndim):
-        hit = np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
-        box.append(slice(int(hit[0]), int(hit[-1]) + 1))
-    return tuple(box)
