@@ -244,9 +244,9 @@ def _targets(
         node = (node_side * u(38, 46) * s, 4 * s + u(-6, 8), u(-60, 15))
         gtv = gtv | (canvas.blob(rng, node, u(7, 12), lobes=2) & skin)
     gtv = gtv & body & ~hard
-    high = canvas.margin(gtv, u(7, 9)) & skin & ~canvas.margin(nerves, 4.0)
+    high = canvas.margin(gtv, u(6, 8)) & skin & ~canvas.margin(nerves, 4.0)
     elective = _nodal_levels(canvas, b, rng) & ~hard
-    low = canvas.margin(elective, 3.0) | canvas.margin(gtv, 14.0)
+    low = canvas.margin(elective, 1.5) | canvas.margin(gtv, 12.0)
     low = low & skin & ~canvas.margin(nerves, 6.0) & ~high
     return {"GTV": gtv, "PTV_7000": high, "PTV_5600": low}, side, subsite
 
@@ -256,7 +256,7 @@ def _nodal_levels(canvas: Canvas, b: _Build, rng: np.random.Generator) -> np.nda
     u, s, z = rng.uniform, b.size, canvas.z
     chain = np.zeros(canvas.grid.shape, bool)
     for side in (1, -1):
-        bottom, top = u(-92, -76), u(18, 32)
+        bottom, top = u(-92, -76), u(10, 24)
         x = side * s * canvas.profile((-95, 44), (-50, 38), (0, 42), (35, 42))
         y = s * canvas.profile((-95, 12), (-50, 4), (0, 10), (35, 18))
         jugular = canvas.column(x, y, s * u(10.5, 13), s * u(17, 21))

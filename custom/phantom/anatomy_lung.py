@@ -220,7 +220,7 @@ def _targets(
     if nodal:
         gtv = gtv | node
     gtv = gtv & body & ~hard
-    ptv = canvas.margin(gtv, u(7, 10)) & canvas.margin(body, -5.0) & ~canvas.margin(cord, 5.0)
+    ptv = canvas.margin(gtv, u(6, 9)) & canvas.margin(body, -5.0) & ~canvas.margin(cord, 5.0)
     place = f"{'left' if side > 0 else 'right'} lung{', hilar node' if nodal else ''}"
     return {"GTV": gtv, "PTV_6000": ptv}, side, place
 
