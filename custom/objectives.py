@@ -1,0 +1,186 @@
+"""What training minimises: each objective maps ``(network, batch)`` to named scalar terms.
+
+A batch holds ``image`` (B, C, X, Y, Z), ``label`` (B, 1, X, Y, Z, fraction of the highest prescription), ``body``
+(B, 1, X, Y, Z; where the dose counts), ``rois`` (B, R, X, Y, Z, 0/1) and ``prescription_gy`` (B,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from custom.case import CaseError
+from custom.losses import criteria_dvh_l1, gradient_l1, masked_l1, sorted_dvh_l1
+
+__all__ = ["AutoencoderObjective", "CompositeObjective", "DiffusionObjective", "RegressionObjective"]
+
+Batch = Mapping[str, Any]
+
+
+class RegressionObjective:
+    """L1 dose error of a one-pass prediction inside the body, with optional DVH and gradient terms.
+
+    Args:
+        dvh_weight: weight of the sorted-DVH distance.
+        criteria_weight: weight of the OpenKBP criteria; wants ``target_names``, ``roi_names`` and the batch's
+            ``voxel_cc`` (B,).
+        gradient_weight: weight of the gradient term.
+        roi_names: name of each channel of ``rois``.
+        target_names: which of them are targets.
+        predict: name of the network's method that predicts; a network without it is called itself.
+    """
+
+    def __init__(
+        self,
+        dvh_weight: float = 0.0,
+        criteria_weight: float = 0.0,
+        gradient_weight: float = 0.0,
+        roi_names: Sequence[str] = (),
+        target_names: Sequence[str] = (),
+        predict: str = "predict_prior",
+    ) -> None:
+        unknown = sorted(set(target_names) - set(roi_names))
+        if unknown:
+            raise CaseError(f"objective: target_names {unknown} are not among roi_names {list(roi_names)}")
+        if criteria_weight and not roi_names:
+            raise CaseError("objective: criteria_weight wants roi_names, the names of the channels of batch['rois']")
+        self.dvh_weight = dvh_weight
+        self.criteria_weight = criteria_weight
+        self.gradient_weight = gradient_weight
+        self.is_target = [name in target_names for name in roi_names]
+        self.predict = predict
+
+    def __call__(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        pred = getattr(network, self.predict, network)(batch["image"]).float()
+        return self.terms(pred, batch)
+
+    def terms(self, pred: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """The weighted terms of a predicted dose ``(B, 1, X, Y, Z)``."""
+        label, body = batch["label"].float(), batch["body"]
+        terms = {"l1": masked_l1(pred, label, body)}
+        if self.dvh_weight:
+            terms["dvh"] = self.dvh_weight * sorted_dvh_l1(pred, label, batch["rois"])
+        if self.criteria_weight:
+            criteria = criteria_dvh_l1(pred, label, batch["rois"], self.is_target, batch["voxel_cc"])
+            terms["criteria"] = self.criteria_weight * criteria
+        if self.gradient_weight:
+            terms["gradient"] = self.gradient_weight * gradient_l1(pred, label, body)
+        return terms
+
+
+class DiffusionObjective:
+    """Noise, v or x_0 error of the denoiser inside the body, the prior branch detached.
+
+    The error of the network's output is turned into that of ``x_0`` and weighted by ``min(SNR, snr_limit)`` (Hang et
+    al., ICCV 2023), whatever the parameterization; ``snr_limit=None`` is the plain error of the output, as in the
+    ADDiff-Dose paper.
+
+    Args:
+        snr_limit: see above.
+        one_step_share: share of the batches at t = T from ``x_T = 0``, which is what one deterministic step sees;
+            their error is that of the dose itself, in the same units as :class:`RegressionObjective`.
+        kind: ``"mse"`` or ``"l1"``.
+        generator: random numbers on the CPU; torch's own by default.
+    """
+
+    def __init__(
+        self,
+        snr_limit: float | None = 5.0,
+        one_step_share: float = 0.25,
+        kind: str = "mse",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if kind not in ("mse", "l1"):
+            raise CaseError(f"diffusion objective: kind {kind!r}; expected 'mse' or 'l1'")
+        self.snr_limit = snr_limit
+        self.one_step_share = one_step_share
+        self.kind = kind
+        self.generator = generator
+
+    def __call__(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        image, label, body = batch["image"], batch["label"].float(), batch["body"]
+        conditions = network.encode(image)
+        x0 = network.from_dose(label, conditions)
+        last = network.schedule.num_train_timesteps - 1
+        if self.one_step_share and float(torch.rand((), generator=self.generator)) < self.one_step_share:
+            t = torch.full((image.shape[0],), last, device=image.device)
+            x0_hat = network.denoise(torch.zeros_like(x0), t, conditions)
+            scale = network.residual_scale if conditions.prior is not None else 0.5
+            return {"one_step": scale * masked_l1(x0_hat, x0, body)}
+        t = torch.randint(0, last + 1, (image.shape[0],), generator=self.generator).to(image.device)
+        noise = torch.randn(x0.shape, generator=self.generator).to(x0)
+        x_t = network.schedule.add_noise(x0, noise, t)
+        output = network.denoise_output(x_t, t, conditions)
+        error = output - network.schedule.target(x0, noise, t)
+        error = error.abs() if self.kind == "l1" else error.square()
+        weight = self._weight(network.schedule, t)
+        inside = (body > 0).to(error.dtype)
+        per_patient = (error * weight * inside).sum((1, 2, 3, 4)) / inside.sum((1, 2, 3, 4)).clamp_min(1)
+        return {"diffusion": per_patient.mean()}
+
+    def _weight(self, schedule: nn.Module, t: Tensor) -> Tensor | float:
+        """``min(SNR, limit)`` for the error of x_0, as a weight of the output's error (for the L1: its root)."""
+        if self.snr_limit is None:
+            return 1.0
+        a, s = schedule.scales(t)
+        snr = (a / s).square()
+        x0_error_per_output = {"sample": torch.ones_like(s), "v": s.square(), "epsilon": 1 / snr}
+        weight = snr.clamp_max(self.snr_limit) * x0_error_per_output[schedule.parameterization]
+        return weight if self.kind == "mse" else weight.sqrt()
+
+
+class AutoencoderObjective:
+    """L1 of the CT's reconstruction and an annealed Kullback-Leibler term (stage 1).
+
+    Args:
+        ct_channel: index of the CT channel (HU/1000) in ``image``.
+        kl_weight: final weight of the KL term, per latent element.
+        anneal_steps: calls over which the weight rises from 0, linearly.
+    """
+
+    def __init__(self, ct_channel: int = 0, kl_weight: float = 1e-3, anneal_steps: int = 0) -> None:
+        self.ct_channel = ct_channel
+        self.kl_weight = kl_weight
+        self.anneal_steps = anneal_steps
+        self.calls = 0
+
+    def __call__(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        autoencoder = network.ct_encoder
+        ct = autoencoder.scale_ct(batch["image"][:, self.ct_channel : self.ct_channel + 1])
+        reconstruction, mean, log_variance = autoencoder(ct)
+        weight = self.kl_weight * (min(1.0, self.calls / self.anneal_steps) if self.anneal_steps else 1.0)
+        self.calls += int(network.training)
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).float().mean()
+        return {"reconstruction": F.l1_loss(reconstruction.float(), ct.float()), "kl": weight * kl}
+
+    def state_dict(self) -> dict[str, int]:
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.calls = int(state["calls"])
+
+
+class CompositeObjective:
+    """Weighted union of objectives; terms of the same name are told apart by the objective's place.
+
+    Args:
+        objectives: callables ``(network, batch) -> terms``.
+        weights: one a callable; 1 by default.
+    """
+
+    def __init__(self, objectives: Sequence[Callable[..., Mapping[str, Tensor]]], weights=None) -> None:
+        self.objectives = list(objectives)
+        self.weights = [1.0] * len(self.objectives) if weights is None else list(weights)
+        if len(self.weights) != len(self.objectives):
+            raise CaseError(f"objective: {len(self.objectives)} objectives but {len(self.weights)} weights")
+
+    def __call__(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        terms: dict[str, Tensor] = {}
+        for i, (objective, weight) in enumerate(zip(self.objectives, self.weights)):
+            for name, value in objective(network, batch).items():
+                terms[name if name not in terms else f"{name}_{i}"] = weight * value
+        return terms
