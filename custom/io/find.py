@@ -1,0 +1,100 @@
+"""Which cases a folder holds."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+
+import pydicom
+
+from custom.case import CaseError
+from custom.io.ct import CT_SOP_CLASS, ENHANCED_CT_SOP_CLASS
+from custom.io.dicom_folder import DicomFile, scan_dicom
+from custom.io.openkbp import is_openkbp_folder
+from custom.io.rtplan import RTPLAN_SOP_CLASS
+from custom.io.rtstruct import RTSTRUCT_SOP_CLASS
+
+__all__ = ["find_cases", "is_gdp_hmm_file"]
+
+
+def is_gdp_hmm_file(path: Path) -> bool:
+    """True for an ``.npz`` whose one entry is ``arr_0``."""
+    if path.suffix.lower() != ".npz" or not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return archive.namelist() == ["arr_0.npy"]
+
+
+def find_cases(dataset_dir: str | Path) -> list[Path]:
+    """Paths of all cases in a folder, each to be given to :func:`custom.io.read_case`; sorted.
+
+    OpenKBP patient folders and GDP-HMM files are cases by themselves. A folder is a DICOM case when a CT and an RTSTRUCT
+    lie in it, at any depth, and no folder inside holds both; folders above that add files (a plan beside the folder of
+    images) and no other case belong to it. Several RTSTRUCTs in one such folder are one case each, unless the RTPLANs
+    refer to a single one of them.
+
+    Raises:
+        CaseError: when there is nothing that could be a case.
+    """
+    root = Path(dataset_dir)
+    if not root.exists():
+        raise CaseError(f"{root}: there is no such file or folder")
+    if root.is_file() or is_openkbp_folder(root):
+        return [root]
+    cases: list[Path] = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(d for d in folders if not d.startswith("."))
+        here = Path(folder)
+        if is_openkbp_folder(here):
+            cases.append(here)
+            folders[:] = []
+            continue
+        cases += [here / f for f in sorted(files) if not f.startswith(".") and is_gdp_hmm_file(here / f)]
+    dicom = scan_dicom(root)
+    cases += _dicom_cases(root, dicom)
+    if not cases and dicom:
+        return [root]  # its reader says what is missing
+    if not cases:
+        raise CaseError(f"{root}: no case found; expected DICOM (CT + RTSTRUCT), OpenKBP folders or GDP-HMM npz files")
+    return sorted(cases)
+
+
+def _dicom_cases(root: Path, files: list[DicomFile]) -> list[Path]:
+    below: dict[Path, list[DicomFile]] = {}
+    for file in files:
+        for folder in [file.path.parent, *file.path.parent.parents]:
+            below.setdefault(folder, []).append(file)
+            if folder == root:
+                break
+    whole = {folder for folder, inside in below.items() if _is_whole(inside)}
+    smallest = sorted(f for f in whole if not any(f in other.parents for other in whole))
+    cases: list[Path] = []
+    for case in smallest:
+        folder = case
+        while folder != root:
+            folder = folder.parent
+            if sum(folder in other.parents for other in smallest) > 1:
+                break
+            if len(below[folder]) > len(below[case]):
+                case = folder
+        structures = [f for f in below[case] if f.sop_class == RTSTRUCT_SOP_CLASS]
+        referenced = _structures_of_plans(below[case])
+        alone = len(structures) == 1 or len([s for s in structures if s.sop_uid in referenced]) == 1
+        cases += [case] if alone else [s.path for s in structures]
+    return cases
+
+
+def _is_whole(files: list[DicomFile]) -> bool:
+    kinds = {f.sop_class for f in files}
+    return RTSTRUCT_SOP_CLASS in kinds and bool(kinds & {CT_SOP_CLASS, ENHANCED_CT_SOP_CLASS})
+
+
+def _structures_of_plans(files: list[DicomFile]) -> set[str]:
+    """SOPInstanceUIDs of the RTSTRUCTs that the RTPLANs refer to."""
+    uids = set()
+    for file in files:
+        if file.sop_class == RTPLAN_SOP_CLASS:
+            plan = pydicom.dcmread(file.path, specific_tags=["ReferencedStructureSetSequence"], force=True)
+            uids |= {str(r.get("ReferencedSOPInstanceUID")) for r in plan.get("ReferencedStructureSetSequence") or []}
+    return uids
