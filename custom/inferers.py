@@ -1,0 +1,253 @@
+"""Inference: diffusion sampling in few steps or all of them, test-time flips, and sliding windows with linear decay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from monai.inferers import Inferer, SlidingWindowInferer
+from torch import Tensor, nn
+
+from custom.case import CaseError
+
+__all__ = ["DoseDiffusionInferer", "LinearDecaySlidingWindowInferer", "few_step_plan", "linear_decay_map", "sample_x0"]
+
+# Few-step plans: log(signal scale / noise scale) of the steps after t = T, and the weight with which each step after
+# the first extrapolates the estimate of x_0. Fitted to Gaussians with their ideal denoiser (a "bespoke" solver in the
+# sense of Shaul et al., ICML 2024), so that any standard deviation between 0.2 and 1.25 comes back: within 1 % for
+# 3 and 4 steps, within 40 % for 2.
+FITTED_PLANS: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    2: ((0.5,), (1.0,)),
+    3: ((-0.3177, 1.7136), (0.46418, 0.86785)),
+    4: ((-1.1881, 0.4592, 2.0415), (0.61404, 0.32813, 0.84863)),
+}
+
+
+def few_step_plan(schedule: nn.Module, num_steps: int) -> tuple[list[int], list[float]]:
+    """Time steps to evaluate, from T - 1 downwards, and the extrapolation weight of each (0 for the first).
+
+    Without a fitted plan the steps are uniform in the logarithm of signal over noise, and the weights those of
+    DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), which takes the last step at first order. Eight steps recover the
+    standard deviation of a Gaussian within 2 %; every plan recovers its mean, and data without spread, exactly.
+
+    Args:
+        schedule: ``custom.networks.blocks.NoiseSchedule``.
+        num_steps: evaluations of the denoiser.
+    """
+    if not 1 <= num_steps <= schedule.num_train_timesteps:
+        raise CaseError(f"sampler: num_inference_steps {num_steps}; expected 1 to {schedule.num_train_timesteps}")
+    alpha_bar = schedule.alpha_bar.double().cpu()
+    levels = 0.5 * torch.log(alpha_bar / (1 - alpha_bar))
+    first = schedule.num_train_timesteps - 1
+    if num_steps in FITTED_PLANS:
+        steps = torch.tensor(FITTED_PLANS[num_steps][0], dtype=torch.float64)
+    else:
+        highest = 3.25 if num_steps <= 10 else 4.5
+        steps = torch.linspace(-1.5, highest, num_steps - 1, dtype=torch.float64)
+    timesteps = [first, *((levels - level).abs().argmin().item() for level in steps)]
+    timesteps = list(dict.fromkeys(int(t) for t in timesteps))  # many steps may fall on one another
+    if num_steps in FITTED_PLANS and len(timesteps) == num_steps:
+        return timesteps, [0.0, *FITTED_PLANS[num_steps][1]]
+    level = [float(levels[t]) for t in timesteps]
+    weights = [0.0] * len(timesteps)
+    for i in range(1, len(timesteps) - 1):
+        weights[i] = 0.5 * (level[i + 1] - level[i]) / (level[i] - level[i - 1])
+    return timesteps, weights
+
+
+def sample_x0(
+    network: nn.Module, x_t: Tensor, conditions: Any, num_steps: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Sample ``x_0`` (B, 1, X, Y, Z), starting from ``x_t`` at t = T.
+
+    As many steps as the schedule has are DDPM's (Ho et al. 2020, eq. 7, posterior variance); fewer solve the
+    probability-flow equation with a second-order multistep method in the estimate of ``x_0`` (:func:`few_step_plan`),
+    each step leading exactly to the next entry of the time steps, the last one to the estimate itself.
+
+    Args:
+        network: has ``schedule`` and ``denoise(x_t, t, conditions)``.
+        x_t: start, usually unit noise.
+        conditions: passed on.
+        num_steps: evaluations of the denoiser.
+        generator: random numbers on the CPU for DDPM.
+    """
+    if num_steps == network.schedule.num_train_timesteps:
+        return _sample_ddpm(network, x_t, conditions, generator)
+    timesteps, weights = few_step_plan(network.schedule, num_steps)
+    before = None
+    for i, (step, weight) in enumerate(zip(timesteps, weights)):
+        t = torch.full((x_t.shape[0],), step, device=x_t.device)
+        estimate = network.denoise(x_t, t, conditions)
+        x0 = estimate if before is None else estimate + weight * (estimate - before)
+        before = estimate
+        if i + 1 == len(timesteps):
+            break
+        a, s = network.schedule.scales(t)
+        a_next, s_next = network.schedule.scales(torch.full_like(t, timesteps[i + 1]))
+        x_t = s_next / s * x_t + (a_next - a * s_next / s) * x0
+    return x0
+
+
+def _sample_ddpm(network: nn.Module, x_t: Tensor, conditions: Any, generator: torch.Generator | None) -> Tensor:
+    alpha_bar = network.schedule.alpha_bar.double()
+    for step in range(len(alpha_bar) - 1, 0, -1):
+        t = torch.full((x_t.shape[0],), step, device=x_t.device)
+        x0 = network.denoise(x_t, t, conditions)
+        now, after = float(alpha_bar[step]), float(alpha_bar[step - 1])
+        beta = 1 - now / after
+        mean = after**0.5 * beta / (1 - now) * x0 + (now / after) ** 0.5 * (1 - after) / (1 - now) * x_t
+        noise = torch.randn(x_t.shape, generator=generator).to(x_t)
+        x_t = mean + (beta * (1 - after) / (1 - now)) ** 0.5 * noise
+    return network.denoise(x_t, torch.zeros(x_t.shape[0], dtype=torch.long, device=x_t.device), conditions)
+
+
+def linear_decay_map(roi_size: Sequence[int], overlap_voxels: Sequence[int]) -> Tensor:
+    """Blending weights ``roi_size`` of a window: 1 in its middle, falling linearly over the overlap at each end.
+
+    In the overlap of two neighbours along one axis their weights add up to 1.
+    """
+    weight = torch.ones(tuple(roi_size))
+    for axis, (n, overlap) in enumerate(zip(roi_size, overlap_voxels)):
+        i = torch.arange(n, dtype=torch.float32)
+        ramp = (torch.minimum(i, n - 1 - i) + 1) / (overlap + 1)
+        shape = [1, 1, 1]
+        shape[axis] = n
+        weight = weight * ramp.clamp_max(1).reshape(shape)
+    return weight
+
+
+class LinearDecaySlidingWindowInferer(SlidingWindowInferer):
+    """MONAI's sliding window with weights that decay linearly in the overlap, given in voxels an axis.
+
+    Args:
+        roi_size: window, voxels.
+        overlap_voxels: overlap of neighbouring windows along each axis.
+        **kwargs: of :class:`monai.inferers.SlidingWindowInferer`.
+    """
+
+    def __init__(self, roi_size: Sequence[int], overlap_voxels: Sequence[int] | int = 8, **kwargs: Any) -> None:
+        overlaps = [overlap_voxels] * 3 if isinstance(overlap_voxels, int) else list(overlap_voxels)
+        if any(not 0 <= o < n for o, n in zip(overlaps, roi_size)):
+            raise CaseError(f"sliding window: overlap {overlaps} does not fit into windows of {list(roi_size)} voxels")
+        # MONAI truncates n * (1 - overlap); the small number keeps rounding errors from changing the stride.
+        fractions = [max(o - 1e-3, 0.0) / n for o, n in zip(overlaps, roi_size)]
+        super().__init__(roi_size=list(roi_size), overlap=fractions, **kwargs)
+        self.roi_weight_map = linear_decay_map(roi_size, overlaps)
+
+
+class DoseDiffusionInferer(Inferer):
+    """Dose of an image: ``inferer(image, network)`` -> (B, 1, X, Y, Z), as a fraction of the highest prescription.
+
+    Networks without a denoiser (regression baselines) are called directly; flips and windows apply to them alike.
+
+    Args:
+        num_inference_steps: evaluations of the denoiser; the schedule's T for DDPM.
+        num_samples: samples drawn; the call returns their mean.
+        stochastic: start from unit noise; False starts from zero, the middle of the noise. By default one step of one
+            sample starts from zero, everything else from noise.
+        seed: makes the samples repeatable; None draws from torch's generator.
+        flips: test-time flips, each a list of spatial axes, for example ``[[0]]`` for left-right; averaged.
+        condition_channels: names of the image's channels, for ``swap_channels``.
+        swap_channels: pairs of channel names that change places when axis 0 (left-right) is flipped.
+        roi_size: window for volumes that do not fit; None predicts the whole volume at once.
+        overlap_voxels: overlap of the windows.
+        sw_batch_size: windows a batch.
+        autocast_dtype: ``"bfloat16"`` or ``"float16"`` to run the network in it; None for float32.
+        progress: show a bar over the windows.
+
+    Raises:
+        CaseError: for channel names that are not among ``condition_channels``.
+    """
+
+    def __init__(
+        self,
+        num_inference_steps: int = 1,
+        num_samples: int = 1,
+        stochastic: bool | None = None,
+        seed: int | None = 0,
+        flips: Sequence[Sequence[int]] = (),
+        condition_channels: Sequence[str] = (),
+        swap_channels: Sequence[Sequence[str]] = (),
+        roi_size: Sequence[int] | None = None,
+        overlap_voxels: Sequence[int] | int = 8,
+        sw_batch_size: int = 1,
+        autocast_dtype: str | None = None,
+        progress: bool = False,
+    ) -> None:
+        super().__init__()
+        if num_samples < 1:
+            raise CaseError(f"inferer: num_samples {num_samples}; expected 1 or more")
+        self.num_inference_steps = num_inference_steps
+        self.num_samples = num_samples
+        self.stochastic = (num_samples > 1 or num_inference_steps > 1) if stochastic is None else stochastic
+        self.seed = seed
+        self.flips = [[], *(list(axes) for axes in flips)]
+        self.swapped_order = _swapped_order(list(condition_channels), swap_channels)
+        if any(0 in axes for axes in self.flips) and not condition_channels:
+            raise CaseError("inferer: a left-right flip (axis 0) wants condition_channels, to swap paired organs")
+        self.window = None
+        if roi_size is not None:
+            self.window = LinearDecaySlidingWindowInferer(
+                roi_size, overlap_voxels, sw_batch_size=sw_batch_size, progress=progress
+            )
+        self.autocast_dtype = None if autocast_dtype is None else getattr(torch, autocast_dtype)
+
+    def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Mean of the samples ``(B, 1, X, Y, Z)`` for an image ``(B, C, X, Y, Z)``."""
+        return self.sample(inputs, network).mean(dim=0)
+
+    def mean_and_std(self, inputs: Tensor, network: nn.Module) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation over the samples, each ``(B, 1, X, Y, Z)``; the latter 0 for one sample."""
+        samples = self.sample(inputs, network)
+        return samples.mean(dim=0), samples.std(dim=0, correction=int(samples.shape[0] > 1))
+
+    @torch.no_grad()
+    def sample(self, inputs: Tensor, network: nn.Module) -> Tensor:
+        """All samples ``(K, B, 1, X, Y, Z)``; each the mean over the flips."""
+        generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
+        total = 0.0
+        for axes in self.flips:
+            image = self._flip(inputs, axes)
+            if self.window is None:
+                doses = self._predict(image, network, generator)
+            else:
+                doses = self.window(image, lambda patch: self._predict(patch, network, generator))
+            total = total + torch.flip(doses, [a + 2 for a in axes])
+        return (total / len(self.flips)).transpose(0, 1).unsqueeze(2)
+
+    def _flip(self, image: Tensor, axes: list[int]) -> Tensor:
+        if not axes:
+            return image
+        if 0 in axes and self.swapped_order is not None:
+            image = image[:, self.swapped_order]
+        return torch.flip(image, [a + 2 for a in axes])
+
+    def _predict(self, image: Tensor, network: nn.Module, generator: torch.Generator | None) -> Tensor:
+        """Doses ``(B, K, X, Y, Z)`` of an image or a window of it; the conditions are encoded once."""
+        with torch.autocast(image.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            if getattr(network, "denoiser", None) is None:
+                return network(image).float().expand(-1, self.num_samples, -1, -1, -1)
+            conditions = network.encode(image)
+            doses = []
+            for _ in range(self.num_samples):
+                x_t = torch.zeros_like(image[:, :1], dtype=torch.float32)
+                if self.stochastic:
+                    x_t = torch.randn(x_t.shape, generator=generator).to(x_t)
+                x0 = sample_x0(network, x_t, conditions, self.num_inference_steps, generator)
+                doses.append(network.to_dose(x0, conditions).float())
+        return torch.cat(doses, dim=1)
+
+
+def _swapped_order(names: list[str], pairs: Sequence[Sequence[str]]) -> list[int] | None:
+    """Channel order with each pair of names exchanged."""
+    if not names:
+        return None
+    order = list(range(len(names)))
+    for left, right in pairs:
+        missing = [name for name in (left, right) if name not in names]
+        if missing:
+            raise CaseError(f"inferer: swap_channels name {missing}, not among the condition_channels {names}")
+        a, b = names.index(left), names.index(right)
+        order[a], order[b] = b, a
+    return order

@@ -1,0 +1,137 @@
+"""The samplers solve a problem with a known answer: Gaussian data, whose ideal denoiser is known in closed form."""
+
+import pytest
+import torch
+from torch import nn
+
+from custom.case import CaseError
+from custom.inferers import (
+    DoseDiffusionInferer,
+    LinearDecaySlidingWindowInferer,
+    few_step_plan,
+    linear_decay_map,
+    sample_x0,
+)
+from custom.networks.blocks import NoiseSchedule
+
+
+class IdealDenoiser(nn.Module):
+    """E[x_0 | x_t] for x_0 ~ N(mean, std^2), every voxel on its own."""
+
+    def __init__(self, mean: float, std: float, steps: int = 1000) -> None:
+        super().__init__()
+        self.schedule = NoiseSchedule(steps)
+        self.mean, self.std = mean, std
+        self.denoiser = self
+
+    def denoise(self, x_t, t, conditions):
+        a, s = self.schedule.scales(t)
+        gain = self.std**2 * a / (a**2 * self.std**2 + s**2)
+        return self.mean + gain * (x_t - a * self.mean)
+
+    def encode(self, image):
+        return image
+
+    def to_dose(self, x0, conditions):
+        return x0
+
+
+@pytest.mark.parametrize("steps", [3, 4, 8, 20])
+@pytest.mark.parametrize("std", [0.25, 0.5, 1.0])
+def test_few_steps_recover_mean_and_std(steps, std):
+    noise = torch.randn(1, 1, 40, 40, 40, generator=torch.Generator().manual_seed(0))
+    x0 = sample_x0(IdealDenoiser(0.5, std), noise, None, steps)
+    assert float(x0.mean()) == pytest.approx(0.5, abs=0.05 * std)
+    assert float(x0.std()) == pytest.approx(std, rel=0.05)
+
+
+def test_all_steps_are_ddpm():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, 1, 24, 24, 24, generator=generator)
+    x0 = sample_x0(IdealDenoiser(0.5, 0.25), noise, None, 1000, generator)
+    assert float(x0.mean()) == pytest.approx(0.5, abs=0.0125)
+    assert float(x0.std()) == pytest.approx(0.25, rel=0.05)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8, 16])
+def test_data_without_spread_is_exact(steps):
+    noise = torch.randn(1, 1, 4, 4, 4)
+    torch.testing.assert_close(sample_x0(IdealDenoiser(0.3, 0.0), noise, None, steps), torch.full_like(noise, 0.3))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8, 50, 999])
+def test_plan_starts_at_the_end_and_falls(steps):
+    timesteps, weights = few_step_plan(NoiseSchedule(), steps)
+    assert timesteps[0] == 999
+    assert all(a > b for a, b in zip(timesteps, timesteps[1:]))
+    assert len(weights) == len(timesteps) <= steps
+
+
+def test_impossible_number_of_steps_is_refused():
+    with pytest.raises(CaseError, match="num_inference_steps 0"):
+        few_step_plan(NoiseSchedule(), 0)
+
+
+def test_seed_repeats_and_samples_differ():
+    inferer = DoseDiffusionInferer(num_inference_steps=4, num_samples=3, seed=7)
+    image, network = torch.zeros(1, 2, 8, 8, 8), IdealDenoiser(0.5, 0.25)
+    first = inferer.sample(image, network)
+    assert first.shape == (3, 1, 1, 8, 8, 8)
+    torch.testing.assert_close(first, inferer.sample(image, network), rtol=0, atol=0)
+    assert not torch.equal(first[0], first[1])
+    mean, std = inferer.mean_and_std(image, network)
+    torch.testing.assert_close(mean, first.mean(0))
+    torch.testing.assert_close(std, first.std(0))
+
+
+def test_one_step_of_one_sample_is_deterministic():
+    dose = DoseDiffusionInferer(seed=None)(torch.zeros(1, 2, 4, 4, 4), IdealDenoiser(0.5, 0.25))
+    assert float(dose.std()) < 1e-6
+
+
+class Spatial(nn.Module):
+    """Weighs each channel by its place and answers with a ramp along the first axis added, to see flips and swaps."""
+
+    def forward(self, image):
+        weights = torch.arange(1.0, image.shape[1] + 1).reshape(1, -1, 1, 1, 1)
+        return (image * weights).sum(1, keepdim=True)
+
+
+def test_left_right_flip_swaps_paired_channels():
+    image = torch.rand(1, 3, 4, 4, 4)
+    inferer = DoseDiffusionInferer(flips=[[0]], condition_channels=["ct", "L", "R"], swap_channels=[["L", "R"]])
+    swapped = image[:, [0, 2, 1]]
+    torch.testing.assert_close(inferer(image, Spatial()), (Spatial()(image) + Spatial()(swapped)) / 2)
+
+
+def test_flips_of_other_axes_do_not_swap():
+    image = torch.rand(2, 3, 4, 4, 4)
+    inferer = DoseDiffusionInferer(flips=[[2], [1, 2]])
+    torch.testing.assert_close(inferer(image, Spatial()), Spatial()(image))
+
+
+def test_unknown_swap_channel_is_named():
+    with pytest.raises(CaseError, match="Parotid_X"):
+        DoseDiffusionInferer(condition_channels=["a"], swap_channels=[["a", "Parotid_X"]])
+
+
+def test_linear_decay_weights_of_neighbours_add_up_to_one():
+    weight = linear_decay_map((32, 32, 24), (8, 8, 8))
+    line = weight[:, 16, 12]
+    torch.testing.assert_close(line[-8:] + line[:8], torch.ones(8))
+    assert float(line[16]) == 1.0 and (line[:8].diff() > 0).all()
+
+
+def test_windows_reproduce_a_local_network():
+    image = torch.rand(1, 3, 50, 37, 30)
+    inferer = DoseDiffusionInferer(roi_size=[32, 32, 24], overlap_voxels=8)
+    torch.testing.assert_close(inferer(image, Spatial()), Spatial()(image))
+
+
+def test_windows_blend_linearly():
+    """Two windows that answer 0 and 1 meet in a straight ramp over the overlap."""
+    answers = iter([0.0, 1.0])
+    inferer = LinearDecaySlidingWindowInferer((8, 8, 8), 4)
+    blended = inferer(torch.zeros(1, 1, 12, 8, 8), lambda patch: torch.full_like(patch, next(answers)))
+    expected = torch.cat([torch.zeros(4), torch.arange(1, 5) / 5, torch.ones(4)])
+    torch.testing.assert_close(blended[0, 0, :, 4, 4], expected)
