@@ -244,7 +244,6 @@ def test_study_holds_the_case_exactly(studies, site):
     assert [name for name in masks if not np.array_equal(masks[name], case.masks[name])] == []
 
 
-@pytest.mark.skipif(not hasattr(io, "read_case"), reason="custom.io reads no DICOM yet")
 @pytest.mark.parametrize("site", EXPECTED)
 def test_read_case_gives_the_case_back(studies, site):
     case, folder, _ = studies[site]

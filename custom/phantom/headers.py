@@ -72,5 +72,5 @@ def save(ds: FileDataset, path: Path) -> None:
     if int(pydicom.__version__.split(".")[0]) >= 3:
         ds.save_as(path, enforce_file_format=True)
     else:
-        ds.is_little_endian, ds.is_implicit_VR = True, False
+        ds.is_little_endian, ds.is_implicit_VR = True, ds.file_meta.TransferSyntaxUID.is_implicit_VR
         ds.save_as(path, write_like_original=False)
