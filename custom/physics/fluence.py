@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from scipy import ndimage, optimize
 from custom.case import BODY, Case, CaseError
 from custom.physics.pencil_beam import Direction, Field, density_from_hu
 
-__all__ = ["Objective", "Plan", "case_directions", "load_objectives", "mimic_dose", "plan_dose"]
+__all__ = ["BeamModel", "Objective", "Plan", "load_objectives", "mimic_dose", "plan_dose"]
 
 RING = "Ring"
 KINDS = ("min", "max")
@@ -85,48 +86,81 @@ def load_objectives(path: str | Path | None = None) -> tuple[Objective, ...]:
     return found
 
 
-def plan_dose(case: Case, objectives: Sequence[Objective] | None = None, *, beamlet_mm: float = 6.0,
-              iterations: int = 50, normalise: bool = False, max_directions: int = 24, seed: int = 0) -> Plan:
-    """Plan the case on its own CT, structures and beams.
+class BeamModel:
+    """The case's beams through its body, made once for everything that is computed from them.
 
     Args:
         case: on an axis-aligned grid. Without a CT the body is water.
+        beamlet_mm: beamlet size at the isocentre.
+        max_directions: arcs are sampled by at most so many directions.
+        margin_mm: beamlets open up to this far outside the targets' projection.
+    """
+
+    def __init__(self, case: Case, beamlet_mm: float = 6.0, max_directions: int = 24, margin_mm: float = 6.0) -> None:
+        self.case = case
+        self.index = np.nonzero(case.body)
+        self.directions = case_directions(case, beamlet_mm, max_directions, margin_mm)
+
+    @cached_property
+    def fields(self) -> list[Field]:
+        """One dose operator a direction, for all body voxels in C order."""
+        return [direction.field(self.index) for direction in self.directions]
+
+    def volume(self, body_values: np.ndarray) -> np.ndarray:
+        """Values of the body's voxels as an array on the case's grid."""
+        out = np.zeros(self.case.grid.shape, dtype=np.float32)
+        out[self.index] = body_values
+        return out
+
+    def plan(self, fluences: list[np.ndarray]) -> Plan:
+        """The plan of one fluence a direction."""
+        dose = sum(field.forward(fluence) for field, fluence in zip(self.fields, fluences, strict=True))
+        return Plan(self.volume(dose), fluences, [d.u_mm for d in self.directions], [d.w_mm for d in self.directions],
+                    [d.gantry_deg for d in self.directions])
+
+
+def plan_dose(case: Case, objectives: Sequence[Objective] | None = None, *, beamlet_mm: float = 6.0,
+              iterations: int = 40, normalise: bool = False, max_directions: int = 24, seed: int = 0,
+              beams: BeamModel | None = None) -> Plan:
+    """Plan the case on its own CT, structures and beams.
+
+    Args:
+        case: on an axis-aligned grid.
         objectives: rows; None reads ``configs/plan_objectives.json``.
+        beamlet_mm, max_directions: see :class:`BeamModel`.
         iterations: of L-BFGS-B.
         normalise: scale so that the highest target's D95 is its prescription (synthetic patients); otherwise the
             optimiser's own trade-off stands (plan prior).
-        max_directions: arcs are sampled by at most so many directions.
         seed: of the voxel sample the objectives are evaluated on.
+        beams: the case's beam model where it is there already; its beamlet size then counts.
     """
     objectives = load_objectives() if objectives is None else objectives
-    regions = _regions(case, objectives)
+    beams = beams or BeamModel(case, beamlet_mm, max_directions)
+    regions = {name: mask[beams.index] for name, mask in _regions(case, objectives).items()}
     rng = np.random.default_rng(seed)
-    chosen = np.zeros(case.grid.shape, dtype=bool)
-    for name, mask in regions.items():
-        chosen |= mask & (rng.random(mask.shape) < _sampled_share(name, mask, case))
-    index = np.nonzero(chosen)
-    directions = case_directions(case, beamlet_mm, max_directions)
-    terms = _terms(case, objectives, regions, index)
+    chosen = np.zeros(beams.index[0].size, dtype=bool)
+    for name, inside in regions.items():
+        chosen |= inside & (rng.random(inside.size) < _sampled_share(name, int(inside.sum()), case))
+    voxels = np.flatnonzero(chosen)
+    regions = {name: inside[voxels] for name, inside in regions.items()}
+    terms = _terms(case, objectives, regions)
 
     def loss(dose: np.ndarray) -> tuple[float, np.ndarray]:
         value, gradient = 0.0, np.zeros_like(dose)
-        for kind, voxels, limit, weight in terms:
-            excess = dose[voxels] - limit
+        for kind, rows, limit, weight in terms:
+            excess = dose[rows] - limit
             excess = np.minimum(excess, 0.0) if kind == "min" else np.maximum(excess, 0.0)
             value += float(weight * np.dot(excess, excess))
-            gradient[voxels] += 2.0 * weight * excess
+            gradient[rows] += 2.0 * weight * excess
         return value, gradient
 
     main = next(iter(case.targets))
-    start_on = np.flatnonzero(case.masks[main][index]), case.targets[main]
-    fields = [d.field(index) for d in directions]
-    fluences = _optimise(fields, loss, iterations, start_on=start_on)
-    plan = _finish(case, directions, fluences)
+    start_on = np.flatnonzero(regions[main]), case.targets[main]
+    plan = beams.plan(_optimise([f.at(voxels) for f in beams.fields], loss, iterations, start_on))
     if not normalise:
         return plan
     scale = case.targets[main] / max(float(np.percentile(plan.dose_gy[case.masks[main]], 5)), 1e-3)
-    return Plan(plan.dose_gy * np.float32(scale), [f * scale for f in plan.fluences], plan.u_mm, plan.w_mm,
-                plan.gantry_deg)
+    return replace(plan, dose_gy=plan.dose_gy * np.float32(scale), fluences=[f * scale for f in plan.fluences])
 
 
 def mimic_dose(case: Case, dose_gy: np.ndarray, *, beamlet_mm: float = 5.0, iterations: int = 40,
@@ -136,19 +170,17 @@ def mimic_dose(case: Case, dose_gy: np.ndarray, *, beamlet_mm: float = 5.0, iter
     Deliverable doses form a convex set, so where the engine matches the reference's, this projection cannot
     increase the root-mean-square error of a prediction.
     """
-    index = np.nonzero(case.body)
-    kept = np.random.default_rng(seed).random(index[0].size) < share
-    sample = tuple(a[kept] for a in index)
-    wanted = np.asarray(dose_gy, dtype=np.float32)[sample]
-    directions = case_directions(case, beamlet_mm, max_directions, margin_mm)
+    beams = BeamModel(case, beamlet_mm, max_directions, margin_mm)
+    count = beams.index[0].size
+    voxels = np.flatnonzero(np.random.default_rng(seed).random(count) < share)
+    wanted = np.asarray(dose_gy, dtype=np.float32)[beams.index][voxels]
 
     def loss(dose: np.ndarray) -> tuple[float, np.ndarray]:
         error = dose - wanted
         return float(np.dot(error, error) / error.size), 2.0 * error / error.size
 
-    fields = [d.field(sample) for d in directions]
-    return _finish(case, directions, _optimise(fields, loss, iterations, start_on=(slice(None), float(wanted.mean())),
-                                               smoothing=0.0))
+    start_on = slice(None), float(wanted.mean())
+    return beams.plan(_optimise([f.at(voxels) for f in beams.fields], loss, iterations, start_on, smoothing=0.0))
 
 
 def case_directions(case: Case, beamlet_mm: float, max_directions: int, margin_mm: float = 6.0) -> list[Direction]:
@@ -184,13 +216,13 @@ def _distance_to(mask: np.ndarray, spacing_mm, reach_mm: float) -> np.ndarray:
     return out
 
 
-def _sampled_share(name: str, mask: np.ndarray, case: Case) -> float:
-    """Share of a region's voxels the objectives look at: all of the targets, about 4000 of an organ."""
-    count = {BODY: 8000, RING: 8000}.get(name, 4000)
-    return 1.0 if name in case.prescription_gy else min(1.0, count / mask.sum())
+def _sampled_share(name: str, voxels: int, case: Case) -> float:
+    """Share of a region's voxels the objectives look at: most of a target, about 2000 voxels of an organ."""
+    count = 6000 if name in case.prescription_gy else {BODY: 6000, RING: 5000}.get(name, 2000)
+    return min(1.0, count / max(voxels, 1))
 
 
-def _terms(case: Case, objectives: Sequence[Objective], regions, index) -> list[tuple]:
+def _terms(case: Case, objectives: Sequence[Objective], regions) -> list[tuple]:
     """``(kind, positions in the voxel list, limit in Gy, weight per voxel)`` for each objective that applies."""
     highest = case.highest_prescription_gy
     terms = []
@@ -202,7 +234,7 @@ def _terms(case: Case, objectives: Sequence[Objective], regions, index) -> list[
             own = case.prescription_gy.get(name, highest)
             if row.level is not None and (own == highest) != (row.level == "high"):
                 continue
-            voxels = np.flatnonzero(regions[name][index])
+            voxels = np.flatnonzero(regions[name])
             limit = row.dose_gy if row.dose_gy is not None else row.dose_share * own
             terms.append((row.kind, voxels, np.float32(limit), np.float32(row.weight / max(voxels.size, 1))))
     return terms
@@ -254,14 +286,3 @@ def _roughness(fluence: np.ndarray) -> tuple[float, np.ndarray]:
         padding[axis] = (1, 1)
         gradient -= 2.0 * np.diff(np.pad(step, padding), axis=axis)
     return value, gradient
-
-
-def _finish(case: Case, directions: list[Direction], fluences: list[np.ndarray]) -> Plan:
-    """Dose of the fluences in the whole body, in slabs so that memory stays bounded."""
-    index = np.nonzero(case.body)
-    dose = np.zeros(case.grid.shape, dtype=np.float32)
-    for start in range(0, index[0].size, 200_000):
-        part = tuple(a[start : start + 200_000] for a in index)
-        dose[part] = sum(d.field(part).forward(f) for d, f in zip(directions, fluences, strict=True))
-    return Plan(dose, fluences, [d.u_mm for d in directions], [d.w_mm for d in directions],
-                [d.gantry_deg for d in directions])

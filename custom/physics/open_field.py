@@ -5,37 +5,29 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-from custom.case import Case
-from custom.physics.fluence import case_directions
+from custom.physics.fluence import BeamModel
 
 __all__ = ["open_field_dose"]
 
 
-def open_field_dose(case: Case, targets: list[np.ndarray], *, beamlet_mm: float = 5.0,
-                    max_directions: int = 24) -> list[np.ndarray]:
-    """Dose of uniform fluence through conformal apertures, summed over the case's beams.
+def open_field_dose(beams: BeamModel, targets: list[np.ndarray]) -> list[np.ndarray]:
+    """Dose of uniform fluence through conformal apertures, summed over the beams.
 
     Attenuation, divergence and penumbra come from the pencil-beam engine, so that a voxel's value tells how much the
     beams on their way to the target must pass through it.
 
     Args:
-        case: on an axis-aligned grid.
+        beams: the case's beam model.
         targets: boolean masks ``[i, j, k]``, one aperture set each, all inside the union of the case's targets.
 
     Returns:
         for each target a float32 array with mean 1 inside that target, zero outside the body.
     """
-    index = np.nonzero(case.body)
-    doses = np.zeros((len(targets), index[0].size), dtype=np.float32)
-    for direction in case_directions(case, beamlet_mm, max_directions):
-        field = direction.field(index)
-        for dose, target in zip(doses, targets, strict=True):
-            dose += field.forward(_aperture(direction, target))
     out = []
-    for dose, target in zip(doses, targets, strict=True):
-        volume = np.zeros(case.grid.shape, dtype=np.float32)
-        volume[index] = dose
-        inside = volume[target & case.body]
+    for target in targets:
+        doses = (f.forward(_aperture(d, target)) for d, f in zip(beams.directions, beams.fields, strict=True))
+        volume = beams.volume(sum(doses))
+        inside = volume[target & beams.case.body]
         out.append(volume / max(float(inside.mean()) if inside.size else 0.0, 1e-6))
     return out
 

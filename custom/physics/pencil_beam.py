@@ -76,6 +76,10 @@ class Field:
     def _sampling_t(self) -> sparse.csr_matrix:
         return self.sampling.T.tocsr()
 
+    def at(self, voxels: np.ndarray) -> Field:
+        """The same map for some of the voxels (their positions in the list)."""
+        return Field(self.sampling[voxels], self.depth[voxels], self.spread_u, self.spread_w, self.active)
+
     def forward(self, fluence: np.ndarray) -> np.ndarray:
         """Dose at the voxels of a fluence ``(n_u, n_w)``."""
         fine = np.stack([(u @ fluence @ w.T).ravel() for u, w in zip(self.spread_u, self.spread_w, strict=True)], 1)

@@ -13,10 +13,11 @@ from monai.transforms import MapTransform
 
 from custom.case import Case, CaseError, DoseScale, Keys, Site, Technique
 from custom.geometry.distance import signed_distance_mm
-from custom.physics.fluence import load_objectives, plan_dose
+from custom.metrics import DoseScore
+from custom.physics.fluence import BeamModel, load_objectives, plan_dose
 from custom.physics.open_field import open_field_dose
 
-__all__ = ["AppendContextd", "ConditionChannelsd", "TrainingTensorsd"]
+__all__ = ["AppendContextd", "ConditionChannelsd", "PackLabeld", "TrainingTensorsd"]
 
 DISTANCE_SCALE_MM = 50.0
 ABSENT_DISTANCE = -1.0
@@ -27,9 +28,9 @@ CONTEXT = "context"
 class Conditions:
     """Builds channels of one case; what several channels share is computed once."""
 
-    def __init__(self, case: Case, plan_options: Mapping[str, object]) -> None:
+    def __init__(self, case: Case, plan_options: Mapping[str, object] | None = None, beamlet_mm: float = 6.0) -> None:
         self.case = case
-        self.plan_options = plan_options
+        self.plan_options, self.beamlet_mm = plan_options or {}, beamlet_mm
 
     def build(self, name: str) -> np.ndarray | float:
         """The channel ``name``: an array ``[i, j, k]``, or a number for a context channel."""
@@ -60,11 +61,15 @@ class Conditions:
         return {level: mask for level, mask in found.items() if mask.any()}
 
     @cached_property
-    def beams(self) -> dict[str, np.ndarray]:
+    def beam_model(self) -> BeamModel:
+        return BeamModel(self.case, self.beamlet_mm)
+
+    @cached_property
+    def beam_paths(self) -> dict[str, np.ndarray]:
         """Open-field dose of the targets at or above each level."""
         order = [level for level in ("high", "mid", "low") if level in self.levels]
         unions = [np.logical_or.reduce([self.levels[k] for k in order[: n + 1]]) for n in range(len(order))]
-        return dict(zip(order, open_field_dose(self.case, unions), strict=True))
+        return dict(zip(order, open_field_dose(self.beam_model, unions), strict=True))
 
     def signed_distance(self, mask: np.ndarray | None) -> np.ndarray:
         if mask is None:
@@ -86,12 +91,12 @@ def _prescription(c: Conditions, _: str) -> np.ndarray:
 
 
 def _plan_prior(c: Conditions, _: str) -> np.ndarray:
-    plan = plan_dose(c.case, **c.plan_options)
+    plan = plan_dose(c.case, beams=c.beam_model, **c.plan_options)
     return DoseScale(c.case.highest_prescription_gy).to_network(plan.dose_gy)
 
 
 def _beam(c: Conditions, level: str) -> np.ndarray:
-    found = c.beams.get(level)
+    found = c.beam_paths.get(level)
     return np.zeros(c.case.grid.shape, dtype=np.float32) if found is None else found
 
 
@@ -138,18 +143,17 @@ class ConditionChannelsd(MapTransform):
 
     def __init__(self, keys: KeysCollection = "work", spatial_channels: Sequence[str] = (),
                  context_channels: Sequence[str] = (), plan_objectives: str | None = None,
-                 plan_beamlet_mm: float = 6.0, plan_iterations: int = 50) -> None:
+                 plan_beamlet_mm: float = 6.0, plan_iterations: int = 40) -> None:
         super().__init__(keys)
         self.spatial_channels, self.context_channels = tuple(spatial_channels), tuple(context_channels)
-        self.plan_objectives = plan_objectives
-        self.plan_beamlet_mm, self.plan_iterations = plan_beamlet_mm, plan_iterations
+        self.plan_options = {"objectives": load_objectives(plan_objectives), "iterations": plan_iterations}
+        self.plan_beamlet_mm = plan_beamlet_mm
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
         out = dict(data)
         for key in self.key_iterator(out):
             case: Case = out[key]
-            conditions = Conditions(case, {"objectives": load_objectives(self.plan_objectives),
-                                           "beamlet_mm": self.plan_beamlet_mm, "iterations": self.plan_iterations})
+            conditions = Conditions(case, self.plan_options, self.plan_beamlet_mm)
             spatial = np.stack([conditions.build(name) for name in self.spatial_channels]).astype(np.float32)
             affine = torch.as_tensor(case.grid.ras_affine)
             out[Keys.IMAGE] = MetaTensor(torch.from_numpy(spatial), affine=affine)
@@ -178,7 +182,7 @@ class TrainingTensorsd(MapTransform):
         case: Case = data[self.keys[0]]
         if Keys.LABEL not in data:
             raise CaseError(f"case {case.name}: training needs a reference dose; found none in {case.source}")
-        conditions = Conditions(case, {})
+        conditions = Conditions(case)
         rois = torch.zeros((len(self.roi_names), *case.grid.shape), dtype=torch.uint8)
         for row, name in zip(rois, self.roi_names, strict=True):
             level = name.removeprefix("target_")
@@ -192,6 +196,7 @@ class TrainingTensorsd(MapTransform):
             Keys.BODY: torch.as_tensor(data[Keys.BODY]).to(torch.uint8).contiguous(),
             Keys.ROIS: rois,
             "prescription_gy": torch.tensor(case.highest_prescription_gy),
+            "voxel_cc": torch.tensor(case.grid.voxel_cc),
         }
 
 
@@ -207,4 +212,17 @@ class AppendContextd(MapTransform):
             image = out[key].float()
             context = out[CONTEXT].to(image.device).reshape(-1, 1, 1, 1).expand(-1, *image.shape[1:])
             out[key] = torch.cat([image, context])
+        return out
+
+
+class PackLabeld(MapTransform):
+    """Give ``label`` a second channel with the prescription inside the body, as :class:`DoseScore` wants it."""
+
+    def __init__(self, keys: KeysCollection = Keys.LABEL) -> None:
+        super().__init__(keys)
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
+        out = dict(data)
+        for key in self.key_iterator(out):
+            out[key] = DoseScore.pack(out[key].float(), out[Keys.BODY], float(out["prescription_gy"]))
         return out

@@ -1,0 +1,359 @@
+"""What training and inference need beyond MONAI's engines and ignite's handlers."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import Checkpoint, DiskSaver
+from monai.data import list_data_collate
+from monai.engines.utils import IterationEvents
+from monai.utils import CommonKeys
+
+from custom.case import CaseError
+from custom.metrics import write_metrics
+
+__all__ = ["EmaExport", "HistoryWriter", "MetricsCollector", "ObjectiveUpdate", "PhasedObjective", "Resume", "Unwrapd", "WallClockSchedule", "WeightsLoader",
+           "collate_cases"]
+
+logger = logging.getLogger(__name__)
+
+
+def collate_cases(batch: Sequence[Mapping]) -> dict:
+    """Collate tensors as MONAI does and keep everything else (cases, paths, notes) as lists."""
+    tensors = [{k: v for k, v in item.items() if isinstance(v, torch.Tensor)} for item in batch]
+    out = list_data_collate(tensors)
+    for key in batch[0]:
+        if key not in out:
+            out[key] = [_Whole(item[key]) for item in batch]
+    return out
+
+
+class _Whole:
+    """Holds any object through MONAI's collation; :meth:`unwrap` gives it back."""
+
+    def __init__(self, value) -> None:
+        self.value = value
+
+    @staticmethod
+    def unwrap(data: Mapping) -> dict:
+        return {k: v.value if isinstance(v, _Whole) else v for k, v in data.items()}
+
+
+class Unwrapd:
+    """First transform after the network: gives back what :func:`collate_cases` wrapped; else changes nothing."""
+
+    def __call__(self, data: Mapping) -> dict:
+        return _Whole.unwrap(data)
+
+
+class ObjectiveUpdate:
+    """One training step for ``SupervisedTrainer(iteration_update=...)``: an objective's weighted terms, one update.
+
+    Args:
+        objective: ``objective(network, batch) -> {name: scalar tensor}``.
+        loss_weights: weight of each term; a term without one counts 1.
+        ramped: terms whose weight rises linearly from 0 over ``ramp`` (shares of the run).
+        clip_norm: gradient norm limit.
+        autocast_dtype: ``"bfloat16"``, ``"float16"`` or None for float32.
+    """
+
+    def __init__(self, objective: Callable, loss_weights: Mapping[str, float] | None = None,
+                 ramped: Sequence[str] = (), ramp: tuple[float, float] = (0.3, 0.5), clip_norm: float = 1.0,
+                 autocast_dtype: str | None = "bfloat16") -> None:
+        self.objective, self.loss_weights = objective, dict(loss_weights or {})
+        self.ramped, self.ramp, self.clip_norm = tuple(ramped), ramp, clip_norm
+        self.dtype = getattr(torch, autocast_dtype) if autocast_dtype else None
+
+    def weight(self, term: str, progress: float) -> float:
+        """Weight of a term at ``progress`` (0 to 1) of the run."""
+        weight = self.loss_weights.get(term, 1.0)
+        if term in self.ramped:
+            low, high = self.ramp
+            weight *= min(1.0, max(0.0, (progress - low) / max(high - low, 1e-9)))
+        return weight
+
+    def __call__(self, engine: Engine, batchdata: Mapping) -> dict:
+        device = engine.state.device
+        batch = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in
+                 batchdata.items()}
+        engine.network.train()
+        engine.optimizer.zero_grad(set_to_none=True)
+        progress = getattr(engine.state, "progress", 0.0)
+        if hasattr(self.objective, "progress"):
+            self.objective.progress = progress
+        with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            terms = self.objective(engine.network, batch)
+        loss = sum(self.weight(name, progress) * value.float() for name, value in terms.items())
+        engine.fire_event(IterationEvents.LOSS_COMPLETED)
+        if not torch.isfinite(loss):
+            raise CaseError(f"training: loss is {loss.item()} at iteration {engine.state.iteration}; terms "
+                            f"{ {k: v.item() for k, v in terms.items()} }. Lower the learning rate or the clip norm")
+        loss.backward()
+        engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
+        trained = [p for p in engine.network.parameters() if p.requires_grad and p.grad is not None]
+        torch.nn.utils.clip_grad_norm_(trained, self.clip_norm)
+        engine.optimizer.step()
+        engine.fire_event(IterationEvents.MODEL_COMPLETED)
+        output = {CommonKeys.LOSS: loss.item(), **{name: value.item() for name, value in terms.items()}}
+        engine.state.output = output
+        return output
+
+
+class PhasedObjective:
+    """One objective up to a share of the run, another from there on: first the dose prior, then the denoiser.
+
+    Args:
+        first, then: objectives.
+        change_at: progress (0 to 1) at which ``then`` takes over; 0 and 1 leave one of them out.
+    """
+
+    def __init__(self, first: Callable, then: Callable, change_at: float) -> None:
+        self.first, self.then, self.change_at = first, then, change_at
+        self.progress = 0.0
+
+    def __call__(self, network: torch.nn.Module, batch: Mapping) -> dict[str, torch.Tensor]:
+        return (self.then if self.progress >= self.change_at else self.first)(network, batch)
+
+
+class WallClockSchedule:
+    """Cosine learning rate with warm-up over minutes of wall clock, or over epochs; ends the run when it is over.
+
+    The time already spent is part of the checkpoint, so a resumed run goes on where it stopped.
+
+    Args:
+        optimizer: its groups' ``lr`` at construction is the peak.
+        minutes: length of the run by wall clock; None schedules by the engine's ``max_epochs``.
+        warmup: share of the run with rising learning rate.
+        final: learning rate at the end, as a share of the peak.
+        restart_at: progress at which the schedule begins anew (a phase's change).
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, minutes: float | None = None, warmup: float = 0.03,
+                 final: float = 0.002, restart_at: float = 1.0) -> None:
+        self.restart_at = restart_at
+        self.optimizer, self.minutes, self.warmup, self.final = optimizer, minutes, warmup, final
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+        self.spent_s, self._last = 0.0, None
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_STARTED, self._step)
+
+    def factor(self, progress: float) -> float:
+        """Share of the peak learning rate at ``progress``."""
+        if 0.0 < self.restart_at < 1.0:
+            start, stop = (0.0, self.restart_at) if progress < self.restart_at else (self.restart_at, 1.0)
+            progress = (progress - start) / (stop - start)
+        if progress < self.warmup:
+            return max(progress / self.warmup, 0.01)
+        along = min(1.0, (progress - self.warmup) / (1.0 - self.warmup))
+        return self.final + (1.0 - self.final) * 0.5 * (1.0 + math.cos(math.pi * along))
+
+    def state_dict(self) -> dict:
+        return {"spent_s": self.spent_s}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        self.spent_s = float(state["spent_s"])
+
+    def _start(self, engine: Engine) -> None:
+        self._last = time.monotonic()
+
+    def _step(self, engine: Engine) -> None:
+        now = time.monotonic()
+        self.spent_s, self._last = self.spent_s + now - self._last, now
+        if self.minutes is None:
+            total = engine.state.max_epochs * engine.state.epoch_length
+            progress = (engine.state.iteration - 1) / max(total, 1)
+        else:
+            progress = self.spent_s / (60.0 * self.minutes)
+        engine.state.progress = progress
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * self.factor(min(progress, 1.0))
+        if progress >= 1.0:
+            logger.info("the %s minutes are over at epoch %d", self.minutes, engine.state.epoch)
+            engine.terminate()
+
+
+class Resume:
+    """Keep one checkpoint of everything a run needs and start from it when it is there.
+
+    Args:
+        folder: where ``checkpoint.pt`` lies; written atomically.
+        objects: name -> object with ``state_dict``; the trainer itself is added.
+        interval: iterations between checkpoints, besides the end of each epoch.
+    """
+
+    def __init__(self, folder: str | Path, objects: Mapping[str, object], interval: int = 200) -> None:
+        self.path = Path(folder) / "checkpoint.pt"
+        self.objects, self.interval = dict(objects), interval
+
+    def attach(self, engine: Engine) -> None:
+        self.objects["trainer"] = engine
+        engine.add_event_handler(Events.STARTED, self._load)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
+        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self._save)
+        engine.add_event_handler(Events.TERMINATE, self._save)
+
+    def _load(self, engine: Engine) -> None:
+        if not self.path.is_file():
+            return
+        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        Checkpoint.load_objects({k: v for k, v in self.objects.items() if k != "trainer"}, state)
+        # load_state_dict of a running engine is refused once it has begun; these are what it would set
+        engine.state.iteration = int(state["trainer"]["iteration"])
+        engine.state.epoch = engine.state.iteration // engine.state.epoch_length
+        logger.info("resumed from %s at epoch %d, iteration %d", self.path, engine.state.epoch, engine.state.iteration)
+
+    def _save(self, engine: Engine) -> None:
+        state = {k: v.state_dict() for k, v in self.objects.items() if k != "trainer"}
+        state["trainer"] = {"iteration": engine.state.iteration}
+        DiskSaver(str(self.path.parent), create_dir=True, require_empty=False)(state, self.path.name)
+
+
+class EmaExport:
+    """After each validation keep the averaged weights as a raw ``model.pt`` when the score is the best so far.
+
+    Args:
+        network: module whose ``state_dict`` is exported (the averaged one).
+        folder: ``model.pt`` is written here, atomically.
+        metric: name in the validator's ``state.metrics``; lower is better.
+        patience: validations without improvement after which the trainer stops; None never stops early.
+    """
+
+    def __init__(self, network: torch.nn.Module, folder: str | Path, metric: str = "dose_score",
+                 trainer: Engine | None = None, patience: int | None = None) -> None:
+        self.network, self.path, self.metric = network, Path(folder) / "model.pt", metric
+        self.trainer, self.patience = trainer, patience
+        self.best, self.since = math.inf, 0
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._check)
+
+    def state_dict(self) -> dict:
+        return {"best": self.best, "since": self.since}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        self.best, self.since = float(state["best"]), int(state["since"])
+
+    def _check(self, engine: Engine) -> None:
+        value = float(engine.state.metrics[self.metric])
+        if value < self.best:
+            self.best, self.since = value, 0
+            saver = DiskSaver(str(self.path.parent), create_dir=True, require_empty=False)
+            saver({k: v.contiguous() for k, v in self.network.state_dict().items()}, self.path.name)
+        else:
+            self.since += 1
+        logger.info("%s %.4f, best %.4f", self.metric, value, self.best)
+        if self.patience is not None and self.since >= self.patience and self.trainer is not None:
+            self.trainer.terminate()
+
+
+class HistoryWriter:
+    """Append one row an epoch (loss terms' means) or a validation (metrics) to a CSV; a resumed run appends.
+
+    Args:
+        path: CSV with the columns epoch, minutes, name, value.
+        trainer: engine that tells epoch and progress; the engine attached to by default.
+    """
+
+    def __init__(self, path: str | Path, trainer: Engine | None = None) -> None:
+        self.path, self.trainer = Path(path), trainer
+        self.sums: dict[str, float] = {}
+        self.count, self.start = 0, time.monotonic()
+
+    def attach(self, engine: Engine) -> None:
+        self.trainer = self.trainer or engine
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
+        engine.add_event_handler(Events.EPOCH_COMPLETED | Events.TERMINATE, self._write)
+
+    def _add(self, engine: Engine) -> None:
+        if isinstance(engine.state.output, Mapping):
+            self.count += 1
+            for name, value in engine.state.output.items():
+                if isinstance(value, float):
+                    self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def _write(self, engine: Engine) -> None:
+        rows = {name: total / max(self.count, 1) for name, total in self.sums.items()}
+        rows |= {name: value for name, value in engine.state.metrics.items() if isinstance(value, float)}
+        self.sums, self.count = {}, 0
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = not self.path.exists()
+        with self.path.open("a", newline="") as stream:
+            writer = csv.writer(stream)
+            if new:
+                writer.writerow(["epoch", "minutes", "name", "value"])
+            minutes = (time.monotonic() - self.start) / 60
+            for name, value in rows.items():
+                writer.writerow([self.trainer.state.epoch, f"{minutes:.2f}", name, f"{value:.6g}"])
+
+
+class MetricsCollector:
+    """Gather each case's row of metrics and write ``metrics.csv`` and ``metrics.json`` when the run is over."""
+
+    def __init__(self, output_dir: str | Path) -> None:
+        self.output_dir = Path(output_dir)
+        self.rows: list[Mapping] = []
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, lambda _: self.rows.clear())
+        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: self.rows.extend(
+            item["metrics"] for item in e.state.output))
+        engine.add_event_handler(Events.COMPLETED, self._write)
+
+    def _write(self, engine: Engine) -> None:
+        summary = write_metrics(self.rows, self.output_dir)
+        logger.info("%d cases: dose score %.4f Gy, DVH score %.4f Gy; see %s", len(self.rows), summary["dose_score"],
+                    summary["dvh_score"], self.output_dir / "metrics.json")
+
+
+class WeightsLoader:
+    """Load a raw ``state_dict`` into the network before the run; without weights there is no prediction.
+
+    Args:
+        path: ``model.pt``.
+        network: module to load into.
+        required: False lets a training start from nothing when ``path`` is empty.
+        strict: False takes those entries that fit by name and shape.
+    """
+
+    def __init__(self, path: str | Path | None, network: torch.nn.Module, required: bool = True,
+                 strict: bool = True) -> None:
+        self.path, self.network, self.required, self.strict = path, network, required, strict
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, lambda _: self.load())
+
+    def load(self) -> None:
+        """Load now.
+
+        Raises:
+            CaseError: no file, no state dict, or another network's.
+        """
+        if not self.path and not self.required:
+            return
+        path = Path(self.path or "")
+        if not path.is_file():
+            raise CaseError(f"no weights at {path}: the network is not trained, so nothing is predicted. Take the "
+                            "released bundle's models/model.pt, or train one (README, 'I want to train')")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise CaseError(f"{path}: not a weights file that can be read safely ({error}); take it anew") from error
+        own = self.network.state_dict()
+        if not isinstance(state, Mapping) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+            raise CaseError(f"{path}: expected a raw state_dict, found {type(state).__name__}")
+        fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+        if self.strict and (len(fitting) != len(own) or len(state) != len(own)):
+            odd = sorted(set(own) ^ set(state)) or [k for k in own if k not in fitting]
+            raise CaseError(f"{path}: weights of another network; {len(fitting)} of {len(own)} tensors fit, the first "
+                            f"that does not is {odd[0]!r}. Use the config the weights were trained with")
+        self.network.load_state_dict(fitting, strict=False)
+        logger.info("loaded %d of %d tensors from %s", len(fitting), len(own), path)

@@ -1,0 +1,91 @@
+"""Random changes of training samples that keep them physically right."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+
+import torch
+from monai.config import KeysCollection
+from monai.transforms import MapTransform, RandomizableTransform
+
+from custom.case import Keys
+from custom.transforms.condition import ABSENT_DISTANCE, CONTEXT
+
+__all__ = ["RandDropConditionsd", "RandMirrord", "mirror_order"]
+
+
+def mirror_order(names: Sequence[str]) -> list[int]:
+    """Index of each name's counterpart on the other side of the body (``..._L`` and ``..._R``), or its own."""
+    other = {"_L": "_R", "_R": "_L"}
+    partner = [name[:-2] + other[name[-2:]] if name[-2:] in other else name for name in names]
+    return [list(names).index(p) if p in names else i for i, p in enumerate(partner)]
+
+
+class RandMirrord(RandomizableTransform, MapTransform):
+    """Mirror the patient left to right: flip the first spatial axis and swap paired structures.
+
+    Equispaced coplanar beams that start at gantry 0 are their own mirror image, so beam channels only flip.
+
+    Args:
+        keys: tensors ``(C, X, Y, Z)`` to flip.
+        spatial_channels, context_channels, roi_names: names of the channels of ``image``, ``context`` and ``rois``.
+        prob: probability.
+    """
+
+    def __init__(self, keys: KeysCollection, spatial_channels: Sequence[str], context_channels: Sequence[str],
+                 roi_names: Sequence[str], prob: float = 0.5) -> None:
+        MapTransform.__init__(self, keys)
+        RandomizableTransform.__init__(self, prob)
+        self.orders = {Keys.IMAGE: mirror_order(spatial_channels), CONTEXT: mirror_order(context_channels),
+                       Keys.ROIS: mirror_order(roi_names)}
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+        out = dict(data)
+        self.randomize(None)
+        if not self._do_transform:
+            return out
+        for key in self.key_iterator(out):
+            out[key] = torch.flip(out[key], dims=[1])
+            if key in self.orders:
+                out[key] = out[key][self.orders[key]]
+        out[CONTEXT] = out[CONTEXT][self.orders[CONTEXT]]
+        return out
+
+
+class RandDropConditionsd(RandomizableTransform, MapTransform):
+    """Take the CT, or single organs, away, as real input may come without them.
+
+    Args:
+        keys: the image.
+        spatial_channels, context_channels: names of its channels and of the context's.
+        ct_prob: probability that the CT goes.
+        organ_prob: probability for each organ that its distance map goes.
+    """
+
+    def __init__(self, keys: KeysCollection, spatial_channels: Sequence[str], context_channels: Sequence[str],
+                 ct_prob: float = 0.15, organ_prob: float = 0.03) -> None:
+        MapTransform.__init__(self, keys)
+        RandomizableTransform.__init__(self, 1.0)
+        self.ct_prob, self.organ_prob = ct_prob, organ_prob
+        self.spatial, self.context = list(spatial_channels), list(context_channels)
+        self.organs = [n[4:] for n in self.spatial if n.startswith("sdm_") and not n.startswith("sdm_target_")]
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+        out = dict(data)
+        drop = [organ for organ in self.organs if self.R.random() < self.organ_prob]
+        changes = [(f"sdm_{organ}", f"has_{organ}", ABSENT_DISTANCE) for organ in drop]
+        if self.R.random() < self.ct_prob:
+            changes.append(("ct", "has_ct", 0.0))
+        if not changes:
+            return out
+        context = out[CONTEXT].clone()
+        for key in self.key_iterator(out):
+            image = out[key].clone()
+            for channel, flag, value in changes:
+                if channel in self.spatial:
+                    image[self.spatial.index(channel)] = value
+                if flag in self.context:
+                    context[self.context.index(flag)] = 0.0
+            out[key] = image
+        out[CONTEXT] = context
+        return out

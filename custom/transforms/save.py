@@ -1,0 +1,165 @@
+"""From the network's output to Gy on the patient's own grid, and from there to files."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, SaveImaged
+
+from custom.case import Case, CaseError, DoseScale, Grid, Keys, resample
+from custom.io.openkbp import write_dose_csv
+from custom.io.rtdose import write_rtdose
+from custom.metrics import case_metrics
+from custom.report import make_report, write_report
+
+__all__ = ["CaseMetricsd", "RestoreDosed", "SaveImageRTDosed"]
+
+WORK = "work"
+
+
+class RestoreDosed(MapTransform):
+    """Network output to dose in Gy on the case's own grid: the inverse of everything preprocessing did.
+
+    ``data[key]`` is ``(1, X, Y, Z)``, or ``(2, X, Y, Z)`` with the standard deviation over samples as second channel,
+    in fractions of the highest prescription on the working grid. It becomes a MetaTensor ``(1, I, J, K)`` in Gy on the
+    grid of ``data["case"]``, finite, not negative and zero outside the body; the standard deviation goes to
+    ``data["pred_std"]``.
+    """
+
+    def __init__(self, keys: KeysCollection = Keys.PRED) -> None:
+        super().__init__(keys)
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
+        out = dict(data)
+        case, work = out[Keys.CASE], out[WORK]
+        for key in self.key_iterator(out):
+            volumes = out[key].detach().float().cpu().numpy()
+            if not np.isfinite(volumes).all():
+                raise CaseError(f"case {case.name}: the network gave values that are not finite; expected a dose. Check "
+                                "the weights and the input's range")
+            restored = [_restore(volume, work.grid, case) for volume in volumes]
+            affine = torch.as_tensor(case.grid.ras_affine)
+            out[key] = MetaTensor(torch.from_numpy(restored[0][None]), affine=affine)
+            if len(restored) > 1:
+                out[Keys.STD] = MetaTensor(torch.from_numpy(restored[1][None]), affine=affine)
+        return out
+
+
+def _restore(fraction: np.ndarray, grid: Grid, case: Case) -> np.ndarray:
+    dose_gy = DoseScale(case.highest_prescription_gy).to_gy(np.maximum(fraction, 0.0))
+    return np.where(case.body, resample(dose_gy, grid, case.grid), np.float32(0.0))
+
+
+class CaseMetricsd(MapTransform):
+    """Score ``data[key]`` (Gy on the case's grid) against the reference dose; the row goes to ``data["metrics"]``."""
+
+    def __init__(self, keys: KeysCollection = Keys.PRED) -> None:
+        super().__init__(keys)
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
+        out = dict(data)
+        for key in self.key_iterator(out):
+            case: Case = out[Keys.CASE]
+            if case.dose_gy is None:
+                raise CaseError(f"case {case.name}: evaluation needs a reference dose (RTDOSE, dose.csv or 'dose' in "
+                                f"the npz); found none in {case.source.get('path')}")
+            out["metrics"] = {"case": case.name, **case_metrics(case, out[key][0].numpy())}
+        return out
+
+
+class SaveImageRTDosed(SaveImaged):
+    """Write a case's results to ``<output_dir>/<case>/``, each file whole or not at all.
+
+    ``dose.nii.gz``, ``report.json``, ``report.html``, and ``RTDOSE.dcm`` for DICOM and GDP-HMM input or ``dose.csv``
+    besides for OpenKBP input; ``dose_std.nii.gz`` where there are samples. A subclass of SaveImaged with "SaveImage" in
+    its name, so that MONAI Label and MONAI Deploy leave it out of their pipelines.
+
+    Args:
+        keys: key of the dose in Gy on the case's grid.
+        output_dir: folder of the results.
+        dose_grid: ``"ct"``; ``"plan"`` for the grid of the RTDOSE that came along; or a voxel size in mm.
+        files: which of ``"rtdose"``, ``"nifti"``, ``"report"``, ``"csv"`` to write.
+        model: what the report says about the model.
+    """
+
+    def __init__(self, keys: KeysCollection = Keys.PRED, output_dir: str | Path = "eval",
+                 dose_grid: str | float = "ct", files: Sequence[str] = ("rtdose", "nifti", "report", "csv"),
+                 model: str = "") -> None:
+        super().__init__(keys, output_dir=output_dir, print_log=False)
+        if dose_grid not in ("ct", "plan") and not isinstance(dose_grid, (int, float)):
+            raise CaseError(f"dose_grid: found {dose_grid!r}; expected 'ct', 'plan' or a voxel size in mm")
+        self.output_dir, self.dose_grid, self.files, self.model = Path(output_dir), dose_grid, set(files), model
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
+        case: Case = data[Keys.CASE]
+        for key in self.key_iterator(data):
+            dose_gy = data[key][0].numpy()
+            std = data.get(Keys.STD)
+            with whole_folder(self.output_dir / case.name) as folder:
+                self._write(folder, case, dose_gy, None if std is None else std[0].numpy(),
+                            data.get("warnings", ()))
+        return dict(data)
+
+    def _write(self, folder: Path, case: Case, dose_gy: np.ndarray, std_gy: np.ndarray | None, warnings) -> None:
+        grid = self._grid(case)
+        on_grid = dose_gy if grid is case.grid else resample(dose_gy, case.grid, grid)
+        source_format = case.source.get("format")
+        if "rtdose" in self.files:
+            write_rtdose(folder / "RTDOSE.dcm", on_grid, grid, case.source.get("references") or {})
+        if "nifti" in self.files:
+            _write_nifti(folder / "dose.nii.gz", on_grid, grid)
+            if std_gy is not None:
+                std_on_grid = std_gy if grid is case.grid else resample(std_gy, case.grid, grid)
+                _write_nifti(folder / "dose_std.nii.gz", std_on_grid, grid)
+        if "csv" in self.files and source_format == "openkbp":
+            write_dose_csv(folder / "dose.csv", dose_gy, case.body)
+        if "report" in self.files:
+            record = make_report(case, dose_gy, dose_std_gy=std_gy, warnings=warnings)
+            record["model"] = self.model
+            write_report(record, case, dose_gy, folder)
+
+    def _grid(self, case: Case) -> Grid:
+        if self.dose_grid == "ct" or (self.dose_grid == "plan" and case.dose_grid is None):
+            return case.grid
+        if self.dose_grid == "plan":
+            return case.dose_grid
+        extent = case.grid.spacing_mm * (np.array(case.grid.shape) - 1)
+        shape = np.floor(extent / float(self.dose_grid)).astype(int) + 1
+        affine = case.grid.affine.copy()
+        affine[:3, :3] *= float(self.dose_grid) / case.grid.spacing_mm
+        return replace(case.grid, shape=tuple(shape), affine=affine)
+
+
+def _write_nifti(path: Path, volume: np.ndarray, grid: Grid) -> None:
+    image = nib.Nifti1Image(volume.astype(np.float32), grid.ras_affine)
+    image.header.set_xyzt_units("mm")
+    image.header["descrip"] = b"predicted dose in Gy, not for clinical use"
+    nib.save(image, path)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside ``folder`` whose files are moved into it when the block ends without an error."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise CaseError(f"cannot write to {folder.parent}: {error.strerror}; choose another output_dir") from error
+    try:
+        yield partial
+        folder.mkdir(exist_ok=True)
+        for path in sorted(partial.iterdir()):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
