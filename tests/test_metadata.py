@@ -16,7 +16,7 @@ import custom
 ROOT = Path(__file__).resolve().parents[1]
 METADATA = json.loads((ROOT / "bundle" / "configs" / "metadata.json").read_text(encoding="utf-8"))
 # Packages whose module has another name.
-IMPORT_TO_PACKAGE = {"ignite": "pytorch-ignite", "rt_utils": "rt-utils", "skimage": "scikit-image"}
+IMPORT_TO_PACKAGE = {"PIL": "pillow", "ignite": "pytorch-ignite", "rt_utils": "rt-utils", "skimage": "scikit-image"}
 
 
 def pins() -> dict[str, set[str]]:
