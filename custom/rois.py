@@ -240,9 +240,9 @@ def assign_rois(
         result.notes.append(f"ROIs not recognised, left out: {', '.join(unknown)}; name them in roi_map to use them")
     if helpers:
         result.notes.append(f"planning aids, left out: {', '.join(helpers)}")
-    for i, m in matches.items():
+    for m in matches.values():
         if m.is_helper and not m.is_target and m.name and m.name not in result.index:
-            result.notes.append(f"{m.name} is absent; only the derived {m.raw!r} is there (name it in roi_map to use it)")
+            result.notes.append(f"{m.name} is absent; only the derived {m.raw!r} is there (roi_map can name it)")
     return result
 
 

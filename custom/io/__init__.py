@@ -8,6 +8,7 @@ from pathlib import Path
 from custom.case import Case, CaseError
 from custom.io.dicom_folder import read_dicom
 from custom.io.find import find_cases, is_gdp_hmm_file
+from custom.io.gdp_hmm import read_gdp_hmm
 from custom.io.openkbp import is_openkbp_folder, read_openkbp, write_dose_csv
 from custom.io.rtdose import PREDICTED, write_rtdose
 from custom.rois import RoiTable
@@ -50,4 +51,6 @@ def read_case(
                "default_beams": default_beams, "table": RoiTable(roi_table)}
     if path.is_dir() and is_openkbp_folder(path):
         return read_openkbp(path, **options)
+    if is_gdp_hmm_file(path):
+        return read_gdp_hmm(path, **options)
     return read_dicom(path, mask_engine=mask_engine, **options)

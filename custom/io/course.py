@@ -94,7 +94,7 @@ def prescribe(
     notes: list[str] = []
     targets = [t for t in rois.targets if t.startswith("PTV")]
     if not targets:
-        targets = _targets_without_ptv(rois, user)
+        targets = _targets_without_ptv(rois)
         if targets:
             notes.append(f"no PTV; the prescription goes to {', '.join(targets)}")
     if isinstance(user, Mapping):
@@ -116,20 +116,23 @@ def prescribe(
     else:
         levels = {t: rois.dose_gy[t] for t in targets if rois.dose_gy.get(t) is not None}
         if levels:
-            notes.append("prescription from the target names: " + ", ".join(f"{t} {gy:g} Gy" for t, gy in levels.items()))
+            listed = ", ".join(f"{t} {gy:g} Gy" for t, gy in levels.items())
+            notes.append(f"prescription from the target names: {listed}")
     if not levels:
-        raise CaseError(
-            "no prescription: neither given, nor in an RTPLAN, nor in a target's name. ROIs found: "
-            f"{', '.join(map(repr, raw_names)) or 'none'}. Give prescription_gy, as {{\"PTV_7000\": 70}} or one number"
-        )
+        found = f"ROIs found: {', '.join(map(repr, raw_names)) or 'none'}"
+        if not targets:
+            raise CaseError(f"no target among the structures, so no prescription. {found}. Name the target in roi_map, "
+                            'as {"Tumor Bed": "PTV"}, and its dose in prescription_gy')
+        raise CaseError(f"no prescription: neither given, nor in an RTPLAN, nor in a target's name. {found}. "
+                        f"Give prescription_gy, as {{{targets[0]!r}: 70}} or one number")
     left_out = [t for t in targets if t not in levels]
     if left_out:
         notes.append(f"targets without a prescribed dose: {', '.join(left_out)} (give prescription_gy to use them)")
     return dict(sorted(levels.items(), key=lambda item: -item[1])), notes
 
 
-def _targets_without_ptv(rois: RoiAssignment, user) -> list[str]:
-    """Stand-ins for a PTV, which only a prescription from outside or a dose in the name makes targets."""
+def _targets_without_ptv(rois: RoiAssignment) -> list[str]:
+    """Stand-ins for a PTV: the outermost kind of volume that is there."""
     for kind in ("ITV", "CTV", "GTV", "IGTV", "ICTV"):
         found = [t for t in rois.targets if t.startswith(kind)]
         if found:
@@ -137,7 +140,7 @@ def _targets_without_ptv(rois: RoiAssignment, user) -> list[str]:
     return []
 
 
-def _levels_of_user(user: Mapping[str, float], rois: RoiAssignment, raw_names, table: RoiTable | None) -> dict[str, float]:
+def _levels_of_user(user: Mapping[str, float], rois: RoiAssignment, raw_names, table: RoiTable | None) -> dict:
     by_raw = {raw_names[i].strip().lower(): name for name, i in rois.index.items()}
     table = table or RoiTable()
     levels = {}

@@ -61,7 +61,7 @@ def read_ct(files: Sequence[Path]) -> CtSeries:
     grid, order = check_geometry(slices, notes)
     slices = [slices[i] for i in order]
     hu = np.empty(grid.shape[::-1], dtype=np.float32)
-    for k, (header, path) in enumerate(slices):
+    for k, (_, path) in enumerate(slices):
         _read_slice(path, hu[k])
     if any(_rescale(header) is None for header, _ in slices):
         if hu.min() > PLAUSIBLE_AIR_HU:

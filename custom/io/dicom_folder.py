@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydicom
 from pydicom.errors import InvalidDicomError
+from pydicom.filereader import read_partial
+from pydicom.tag import Tag
 
 from custom.case import BODY, Case, CaseError, Grid, resample
 from custom.io.course import (
@@ -43,7 +44,7 @@ MASK_ENGINES = ("exact", "rt_utils")
 NOT_DICOM = {".csv", ".gz", ".html", ".jpg", ".json", ".md", ".nii", ".npy", ".npz", ".nrrd", ".pdf", ".png", ".py",
              ".txt", ".xlsx", ".xml", ".zip"}
 KEPT_INSIDE = 0.5
-TAGS = ["SOPClassUID", "SOPInstanceUID", "Modality", "SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID"]
+TAGS = [0x00080016, 0x00080018, 0x00080060, 0x0020000E, 0x00200052]  # SOP class and UID, modality, series, frame
 _VALID = {
     "StudyDate": r"\d{8}", "PatientBirthDate": r"\d{8}", "StudyTime": r"\d{2,6}(\.\d{1,6})?", "PatientSex": "[MFO]",
     "StudyID": r"[^\\]{1,16}", "AccessionNumber": r"[^\\]{1,16}",
@@ -79,14 +80,13 @@ def scan_dicom(folder: Path) -> list[DicomFile]:
 
 def _identify(path: Path) -> DicomFile | None:
     try:
-        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS,
-                                 force=path.suffix.lower() == ".dcm")
-        sop_class = str(header.get("SOPClassUID") or "")
-        values = [str(header.get(k) or "") for k in ("SOPInstanceUID", "Modality", "SeriesInstanceUID",
-                                                     "FrameOfReferenceUID")]
+        with path.open("rb") as file:
+            header = read_partial(file, stop_when=lambda tag, vr, length: tag > TAGS[-1],
+                                  specific_tags=[Tag(t) for t in TAGS], force=path.suffix.lower() == ".dcm")
+        values = [str(header[t].value or "") if t in header else "" for t in TAGS]
     except (InvalidDicomError, OSError, EOFError, ValueError, KeyError, AttributeError, NotImplementedError):
         return None
-    return DicomFile(path, sop_class, *values) if sop_class else None
+    return DicomFile(path, *values) if values[0] else None
 
 
 def read_dicom(
@@ -132,8 +132,8 @@ def read_dicom(
     notes += more
     masks = {}
     for name, i in chosen.index.items():
-        exact = mask_engine == "exact"
-        masks[name] = rasterise(rois[i], ct.grid, notes) if exact else rt_utils_mask(structures, rois[i], ct.files, ct.grid)
+        masks[name] = (rasterise(rois[i], ct.grid, notes) if mask_engine == "exact"
+                       else rt_utils_mask(structures, rois[i], ct.files, ct.grid))
     if BODY not in masks:
         masks[BODY] = _body(rois, ct, notes)
     beams = _beams(plan, default_beams, technique, masks, levels, ct.grid, notes)
@@ -174,11 +174,11 @@ def _choose_structures(path: Path, files: Sequence[DicomFile], plans: Sequence[P
         found = referenced if len(referenced) == 1 else found
     if not found:
         kinds = sorted({f.modality or f.sop_class for f in files})
-        raise CaseError(f"{path}: no RTSTRUCT; found {', '.join(kinds) or 'no DICOM file'}. A case needs a CT series and "
-                        "an RTSTRUCT")
+        raise CaseError(f"{path}: no RTSTRUCT; found {', '.join(kinds) or 'no DICOM file'}. "
+                        "A case needs a CT series and an RTSTRUCT")
     if len(found) > 1:
-        raise CaseError(f"{path}: {len(found)} RTSTRUCTs ({', '.join(f.path.name for f in found)}); give the path of the "
-                        "one to use")
+        raise CaseError(f"{path}: {len(found)} RTSTRUCTs ({', '.join(f.path.name for f in found)}); "
+                        "give the path of the one to use")
     return read_rtstruct(found[0].path)
 
 
@@ -224,18 +224,19 @@ def _choose_ct_series(path: Path, files: Sequence[DicomFile], structures: Struct
         if found and structures.series_uids:
             notes.append("the RTSTRUCT names another image series; the CT in its frame of reference is used")
     if not found:
+        others = ", ".join(sorted({f[0].frame_uid for f in series.values()}))
         raise CaseError(f"{path}: no CT series in the frame of reference of {structures.path.name} "
-                        f"({', '.join(sorted(frames))}); found {', '.join(sorted({f[0].frame_uid for f in series.values()}))}. "
+                        f"({', '.join(sorted(frames))}); found {others}. "
                         "Add the CT the structures were drawn on")
     if len(found) > 1:
         listed = "; ".join(f"{uid} ({len(series[uid])} images)" for uid in found)
-        raise CaseError(f"{path}: several CT series fit {structures.path.name}: {listed}. Keep one of them in the folder")
+        raise CaseError(f"{path}: several CT series fit {structures.path.name}: {listed}. Keep one of them")
     if len(series) > 1:
         notes.append(f"{len(series) - 1} other CT series left out")
     chosen = series[found[0]]
     if frames and chosen[0].frame_uid and chosen[0].frame_uid not in frames:
-        raise CaseError(f"{path}: the CT {found[0]} is referenced by {structures.path.name} but lies in another frame of "
-                        f"reference ({chosen[0].frame_uid}); export both anew")
+        raise CaseError(f"{path}: the CT {found[0]} is referenced by {structures.path.name} but lies in another frame "
+                        f"of reference ({chosen[0].frame_uid}); export both anew")
     if not frames or not chosen[0].frame_uid:
         notes.append("the frame of reference is not named in both CT and RTSTRUCT; taken as the same")
     return chosen

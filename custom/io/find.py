@@ -29,10 +29,10 @@ def is_gdp_hmm_file(path: Path) -> bool:
 def find_cases(dataset_dir: str | Path) -> list[Path]:
     """Paths of all cases in a folder, each to be given to :func:`custom.io.read_case`; sorted.
 
-    OpenKBP patient folders and GDP-HMM files are cases by themselves. A folder is a DICOM case when a CT and an RTSTRUCT
-    lie in it, at any depth, and no folder inside holds both; folders above that add files (a plan beside the folder of
-    images) and no other case belong to it. Several RTSTRUCTs in one such folder are one case each, unless the RTPLANs
-    refer to a single one of them.
+    OpenKBP patient folders and GDP-HMM files are cases by themselves. A folder is a DICOM case when a CT and an
+    RTSTRUCT lie in it, at any depth, and no folder inside holds both; folders above that add files (a plan beside the
+    folder of images) and neither another case nor other structures belong to it. Several RTSTRUCTs in one such folder
+    are one case each, unless the RTPLANs refer to a single one of them.
 
     Raises:
         CaseError: when there is nothing that could be a case.
@@ -74,7 +74,9 @@ def _dicom_cases(root: Path, files: list[DicomFile]) -> list[Path]:
         folder = case
         while folder != root:
             folder = folder.parent
-            if sum(folder in other.parents for other in smallest) > 1:
+            if sum(folder in other.parents for other in smallest) > 1 or _structures(below[folder]) > _structures(
+                below[case]
+            ):
                 break
             if len(below[folder]) > len(below[case]):
                 case = folder
@@ -83,6 +85,10 @@ def _dicom_cases(root: Path, files: list[DicomFile]) -> list[Path]:
         alone = len(structures) == 1 or len([s for s in structures if s.sop_uid in referenced]) == 1
         cases += [case] if alone else [s.path for s in structures]
     return cases
+
+
+def _structures(files: list[DicomFile]) -> int:
+    return sum(f.sop_class == RTSTRUCT_SOP_CLASS for f in files)
 
 
 def _is_whole(files: list[DicomFile]) -> bool:

@@ -103,14 +103,14 @@ def _read_grid(dataset: Dataset, path: Path) -> tuple[Grid, bool]:
     if abs(offsets[0]) > 1e-4:
         axial = abs(abs(normal[2]) - 1) < 1e-4
         if not axial or abs(offsets[0] - origin[2]) > 0.1:
-            raise CaseError(f"{path}: GridFrameOffsetVector starts at {offsets[0]:g}; expected 0, or the z of the first "
-                            f"frame ({origin[2]:g} mm) of an axial dose")
+            raise CaseError(f"{path}: GridFrameOffsetVector starts at {offsets[0]:g}; expected 0, or the z of the "
+                            f"first frame ({origin[2]:g} mm) of an axial dose")
         offsets = (offsets - offsets[0]) * np.sign(normal[2])  # patient z -> along the normal
     gaps = np.diff(offsets)
     step = (offsets[-1] - offsets[0]) / (frames - 1)
     if step == 0 or np.abs(gaps - step).max() > max(0.01 * abs(step), 0.1):
-        raise CaseError(f"{path}: frame distances range from {gaps.min():g} to {gaps.max():g} mm; expected a uniform dose "
-                        "grid. Export the dose on a uniform grid")
+        raise CaseError(f"{path}: frame distances range from {gaps.min():g} to {gaps.max():g} mm; expected a uniform "
+                        "dose grid. Export the dose on one")
     affine = np.eye(4)
     affine[:3, 0], affine[:3, 1], affine[:3, 2] = row * spacing[1], column * spacing[0], normal * abs(step)
     affine[:3, 3] = origin + (normal * offsets[-1] if step < 0 else 0)
@@ -136,7 +136,8 @@ def combine_doses(doses: Sequence[Dose], plan_uid: str = "", fractions: int | No
     if len(whole) > 1:
         referring = [d for d in whole if plan_uid and d.plan_uid == plan_uid]
         if len(referring) != 1:
-            raise CaseError(f"several plan doses: {', '.join(d.path.name for d in whole)}; keep the one to compare with")
+            listed = ", ".join(d.path.name for d in whole)
+            raise CaseError(f"several plan doses: {listed}; keep the one to compare with")
         whole = referring
     if whole:
         if len(chosen) > 1:
@@ -252,7 +253,9 @@ def _equipment() -> Dataset:
     item = Dataset()
     item.PurposeOfReferenceCodeSequence = [purpose]
     item.Manufacturer, item.ManufacturerModelName = "RT dose prediction (open source)", "MONAI bundle"
-    item.SoftwareVersions, item.ContributionDescription = __version__, "Dose predicted by a neural network"
+    item.SoftwareVersions, item.ContributionDescription = __version__, (
+        f"{PREDICTED}. Predicted by a neural network from CT and structures, not by a dose engine."
+    )
     return item
 
 
@@ -271,7 +274,7 @@ def _fill_geometry(ds: Dataset, shape: tuple[int, int, int], affine: np.ndarray)
 
 
 def _fill_pixels(ds: Dataset, dose_gy: np.ndarray, bits: int) -> None:
-    """Quantise with the scaling as it is written; stored values stay below 2^31 for readers that take them as signed."""
+    """Quantise with the scaling as it is written; stored values stay below 2^31 for signed readers."""
     highest = max(float(dose_gy.max()), 0.0)
     top = 2**31 - 1 if bits == 32 else 2**16 - 1
     exact = max(highest / top, FINEST_GY if bits == 32 else 1e-9)
@@ -279,7 +282,7 @@ def _fill_pixels(ds: Dataset, dose_gy: np.ndarray, bits: int) -> None:
     if scaling < exact:  # rounded down: the maximum would not fit
         scaling = float(_ds(exact * (1 + 1e-8)))
     ds.DoseUnits, ds.DoseType = "GY", "PHYSICAL"
-    ds.DoseComment = f"{PREDICTED}. Predicted from CT and structures by a neural network, not computed by a dose engine."
+    ds.DoseComment = PREDICTED
     ds.DoseGridScaling = _ds(scaling)
     ds.BitsAllocated = ds.BitsStored = bits
     ds.HighBit, ds.PixelRepresentation = bits - 1, 0
@@ -316,8 +319,6 @@ def _fill_plan(ds: Dataset, references: Mapping[str, Any]) -> None:
     overview.TreatmentSite, overview.TreatmentSiteCodeSequence = "", []
     overview.NumberOfFractionsIncluded = int(references.get("NumberOfFractions") or 1)
     ds.PlanOverviewSequence = [overview]
-    ds.ReferencedRTPlanSequence = []
-    del ds.ReferencedRTPlanSequence
 
 
 def _reference(sop_class: str, sop_uid: str) -> Dataset:

@@ -20,6 +20,7 @@ from custom.case import CaseError, Grid
 __all__ = ["RTSTRUCT_SOP_CLASS", "Roi", "StructureSet", "rasterise", "read_rtstruct", "rt_utils_mask"]
 
 RTSTRUCT_SOP_CLASS = "1.2.840.10008.5.1.4.1.1.481.3"
+CONTOUR_DATA = 0x30060050
 CLOSED_TYPES = {"CLOSED_PLANAR", "CLOSEDPLANAR", "CLOSEDPLANAR_XOR", ""}
 OFF_PLANE_SLICES = 0.3
 LOST_SHARE = 0.001
@@ -106,15 +107,24 @@ def read_rtstruct(path: str | Path) -> StructureSet:
 def _closed_contours(sequence, path: Path, name: str) -> tuple[tuple[np.ndarray, ...], int]:
     contours, skipped = [], 0
     for contour in sequence:
-        data = contour.get("ContourData")
-        if str(contour.get("ContourGeometricType") or "").upper() not in CLOSED_TYPES or data is None or len(data) < 9:
-            skipped += 1
-            continue
+        kind = str(contour.get("ContourGeometricType") or "").upper()
         try:
-            contours.append(np.array(data, dtype=np.float64).reshape(-1, 3))
+            points = _triplets(contour.get_item(CONTOUR_DATA)) if CONTOUR_DATA in contour else np.zeros((0, 3))
         except (TypeError, ValueError) as error:
             raise CaseError(f"{path}: ROI {name!r} has contour data that are no x, y, z triplets ({error})") from error
+        if kind in CLOSED_TYPES and len(points) >= 3:
+            contours.append(points)
+        else:
+            skipped += 1
     return tuple(contours), skipped
+
+
+def _triplets(element) -> np.ndarray:
+    """``(n, 3)``; the bytes are parsed at once, since pydicom's decimal strings take seconds for a million values."""
+    value = element.value
+    words = value.decode("ascii").strip(" \0").split("\\") if isinstance(value, bytes) else value
+    numbers = [] if words is None or words == [""] else words
+    return np.array(numbers, dtype=np.float64).reshape(-1, 3)
 
 
 def rasterise(roi: Roi, grid: Grid, notes: list[str] | None = None) -> np.ndarray:
@@ -161,8 +171,8 @@ def _by_slice(roi: Roi, contours: Sequence[np.ndarray], notes: list[str]) -> tup
     depth = np.array([c[:, 2].mean() for c in contours])
     bent = max(float(np.ptp(c[:, 2])) for c in contours)
     if bent > 1.0:
-        raise CaseError(f"ROI {roi.name!r}: a contour spans {bent:.1f} slices; expected contours that lie in the slices "
-                        "of the CT (it was drawn on another orientation)")
+        raise CaseError(f"ROI {roi.name!r}: a contour spans {bent:.1f} slices; expected contours that lie in the "
+                        "slices of the CT (it was drawn on another orientation)")
     slices = np.rint(depth).astype(int)
     off = np.abs(depth - slices)
     keep = np.ones(len(contours), dtype=bool)
