@@ -205,6 +205,7 @@ class DoseDiffusionInferer(Inferer):
     @torch.no_grad()
     def sample(self, inputs: Tensor, network: nn.Module) -> Tensor:
         """All samples ``(K, B, 1, X, Y, Z)``; each the mean over the flips."""
+        inputs = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs  # no MONAI metadata in the networks
         generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
         total = 0.0
         for axes in self.flips:

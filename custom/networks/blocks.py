@@ -77,8 +77,13 @@ def zero_init(module: nn.Module) -> nn.Module:
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Append zeros at the far end of the three spatial axes of ``(B, C, X, Y, Z)`` up to a multiple of ``multiple``."""
+    """Append zeros at the far end of the three spatial axes of ``(B, C, X, Y, Z)`` up to a multiple of ``multiple``.
+
+    At least one axis gets twice ``multiple``, since normalisation wants more than one voxel at the lowest level.
+    """
     extra = [-int(n) % multiple for n in x.shape[2:]]
+    if all(int(n) <= multiple for n in x.shape[2:]):
+        extra[0] += multiple
     if not any(extra):
         return x
     return F.pad(x, (0, extra[2], 0, extra[1], 0, extra[0]))

@@ -1,0 +1,160 @@
+"""Objectives on a network small enough to compute by hand, and on a small ADDiff-Dose."""
+
+import pytest
+import torch
+from torch import nn
+
+from custom.case import CaseError
+from custom.networks.addiff_dose import ADDiffDose
+from custom.networks.blocks import NoiseSchedule
+from custom.objectives import AutoencoderObjective, CompositeObjective, DiffusionObjective, RegressionObjective
+
+CHANNELS = ["ct", "prescription", "body", "plan_prior", "has_ct"]
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(2, 5, 8, 8, 8, generator=generator)
+    image[:, 2] = 1
+    return {
+        "image": image,
+        "label": torch.rand(2, 1, 8, 8, 8, generator=generator),
+        "body": torch.ones(2, 1, 8, 8, 8, dtype=torch.uint8),
+        "rois": (torch.rand(2, 2, 8, 8, 8, generator=generator) > 0.5).to(torch.uint8),
+        "voxel_cc": torch.tensor([0.1, 0.1]),
+        "prescription_gy": torch.tensor([70.0, 70.0]),
+    }
+
+
+def make_network(**changes) -> ADDiffDose:
+    torch.manual_seed(0)
+    unet = {"channels": [8, 8], "encoder_blocks": [1, 1], "decoder_blocks": [1]}
+    denoiser = {**unet, "attention_levels": [], "embedding_dim": 8, "conditional": {"dim": 12, "heads": 2}}
+    arguments = {"prior": {**unet, "embedding_dim": 4}, "denoiser": denoiser, "structure_widths": [4, 8],
+                 "token_dim": 12, "ct_encoder": {"channels": [4, 8], "latent_channels": 2}}  # fmt: skip
+    return ADDiffDose(CHANNELS, CHANNELS[4:], **{**arguments, **changes})
+
+
+class Ideal(nn.Module):
+    """Knows the dose: its output is exact in every parameterization."""
+
+    residual_scale = 0.5
+
+    def __init__(self, label, kind):
+        super().__init__()
+        self.schedule, self.label = NoiseSchedule(parameterization=kind), label
+
+    def encode(self, image):
+        return type("Conditions", (), {"prior": None})()
+
+    def from_dose(self, dose, conditions):
+        return 2 * dose - 1
+
+    def denoise(self, x_t, t, conditions):
+        return 2 * self.label - 1
+
+    def denoise_output(self, x_t, t, conditions):
+        x0 = 2 * self.label - 1
+        a, s = self.schedule.scales(t)
+        return self.schedule.target(x0, (x_t - a * x0) / s, t)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v", "sample"])
+@pytest.mark.parametrize("one_step_share", [0.0, 1.0])
+def test_ideal_denoiser_has_no_error(batch, kind, one_step_share):
+    terms = DiffusionObjective(one_step_share=one_step_share)(Ideal(batch["label"], kind), batch)
+    assert float(sum(terms.values())) == pytest.approx(0, abs=1e-4)
+
+
+def test_weight_makes_parameterizations_agree():
+    """The same error of x_0 costs the same, whatever the network's output means."""
+    t, objective = torch.tensor([5, 400, 990]), DiffusionObjective(snr_limit=5.0)
+    costs = []
+    for kind in ("sample", "v", "epsilon"):
+        schedule = NoiseSchedule(parameterization=kind)
+        zero = torch.zeros(3, 1, 1, 1, 1)
+        per_output = schedule.to_x0(zero + 1, zero, t) - schedule.to_x0(zero, zero, t)  # d x_0 / d output
+        costs.append(objective._weight(schedule, t) / per_output.square())
+    torch.testing.assert_close(costs[0], costs[1], rtol=1e-3, atol=0)
+    torch.testing.assert_close(costs[0], costs[2], rtol=1e-3, atol=0)
+
+
+def test_regression_terms(batch):
+    objective = RegressionObjective(0.1, 0.2, 0.3, roi_names=["PTV", "Cord"], target_names=["PTV"])
+    network = make_network(denoiser=None, ct_encoder=None)
+    terms = objective(network, batch)
+    assert set(terms) == {"l1", "dvh", "criteria", "gradient"}
+    plan = batch["image"][:, 3:4]
+    torch.testing.assert_close(terms["l1"], (plan - batch["label"]).abs().mean())
+    sum(terms.values()).backward()
+    assert network.gain.grad is not None
+
+
+def test_regression_calls_networks_without_a_prior(batch):
+    network = nn.Conv3d(5, 1, 1)
+    expected = (network(batch["image"]) - batch["label"]).abs().mean()
+    torch.testing.assert_close(RegressionObjective()(network, batch)["l1"], expected)
+
+
+def test_diffusion_trains_the_denoiser_alone(batch):
+    network = make_network().train()
+    for share in (0.0, 1.0):
+        sum(DiffusionObjective(one_step_share=share)(network, batch).values()).backward()
+    assert float(network.denoiser.unet.out.weight.grad.abs().sum()) > 0
+    assert all(p.grad is None for p in network.prior.parameters())
+
+
+def test_diffusion_repeats_under_a_seed(batch):
+    network = make_network()
+    values = []
+    for _ in range(2):
+        objective = DiffusionObjective(generator=torch.Generator().manual_seed(3))
+        values.append([float(sum(objective(network, batch).values())) for _ in range(3)])
+    assert values[0] == values[1]
+
+
+def test_one_step_term_is_the_dose_error(batch):
+    network = make_network()
+    terms = DiffusionObjective(one_step_share=1.0)(network, batch)
+    prior = network.eval().predict_prior(batch["image"])
+    torch.testing.assert_close(terms["one_step"], (prior - batch["label"]).abs().mean())
+
+
+def test_autoencoder_anneals_the_kl_term(batch):
+    network = make_network(frozen=()).train()
+    objective = AutoencoderObjective(kl_weight=1.0, anneal_steps=2)
+    kl = [float(objective(network, batch)["kl"]) for _ in range(3)]
+    assert kl[0] == 0 and 0 < kl[1] < kl[2]
+    other = AutoencoderObjective(kl_weight=1.0, anneal_steps=2)
+    other.load_state_dict(objective.state_dict())
+    assert other.calls == 3
+
+
+def test_autoencoder_learns(batch):
+    network, objective = make_network(frozen=()).train(), AutoencoderObjective()
+    optimizer = torch.optim.Adam(network.ct_encoder.parameters(), lr=1e-2)
+    batch["image"][:, 0] = torch.linspace(-1, 1, 8).reshape(8, 1, 1)
+    errors = []
+    for _ in range(60):
+        terms = objective(network, batch)
+        optimizer.zero_grad()
+        sum(terms.values()).backward()
+        optimizer.step()
+        errors.append(terms["reconstruction"].item())
+    assert errors[-1] < 0.5 * errors[0]
+
+
+def test_composite_weighs_and_keeps_every_term(batch):
+    one, two = (lambda n, b: {"l1": torch.tensor(1.0)}), (lambda n, b: {"l1": torch.tensor(2.0)})
+    terms = CompositeObjective([one, two], [1.0, 0.5])(None, batch)
+    assert {name: float(value) for name, value in terms.items()} == {"l1": 1.0, "l1_1": 1.0}
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(CaseError, match="Lens"):
+        RegressionObjective(roi_names=["PTV"], target_names=["Lens"])
+    with pytest.raises(CaseError, match="'huber'"):
+        DiffusionObjective(kind="huber")
+    with pytest.raises(CaseError, match="weights"):
+        CompositeObjective([], [1.0])
