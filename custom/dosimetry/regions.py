@@ -157,7 +157,8 @@ def _crop(name: str, inner: Region | None, kind: str, case: Case) -> Region | No
     mask = inner.mask.copy()
     for roi in away:
         mask &= ~case.masks[roi][inner.box]
-    return Region(name, inner.box, mask, case.highest_prescription_gy)
+    side = inner.name[inner.name.index(" (") :] if " (" in inner.name else ""
+    return Region(name + side, inner.box, mask, case.highest_prescription_gy)
 
 
 def _grown(name: str, inner: Region, margin_mm: float, case: Case) -> Region:
