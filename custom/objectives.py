@@ -82,7 +82,7 @@ class DiffusionObjective:
     Args:
         snr_limit: see above.
         one_step_share: share of the batches at t = T from ``x_T = 0``, which is what one deterministic step sees;
-            their error is that of the dose itself, in the same units as :class:`RegressionObjective`.
+            their L1 error is in units of x_0, so that it weighs as much as the noisy batches.
         kind: ``"mse"`` or ``"l1"``.
         generator: random numbers on the CPU; torch's own by default.
     """
@@ -109,8 +109,7 @@ class DiffusionObjective:
         if self.one_step_share and float(torch.rand((), generator=self.generator)) < self.one_step_share:
             t = torch.full((image.shape[0],), last, device=image.device)
             x0_hat = network.denoise(torch.zeros_like(x0), t, conditions)
-            scale = network.residual_scale if conditions.prior is not None else 0.5
-            return {"one_step": scale * masked_l1(x0_hat, x0, body)}
+            return {"one_step": masked_l1(x0_hat, x0, body)}
         t = torch.randint(0, last + 1, (image.shape[0],), generator=self.generator).to(image.device)
         noise = torch.randn(x0.shape, generator=self.generator).to(x0)
         x_t = network.schedule.add_noise(x0, noise, t)

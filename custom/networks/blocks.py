@@ -304,6 +304,8 @@ class NoiseSchedule(nn.Module):
         beta_end: last beta.
         parameterization: what the network's output means: ``"epsilon"``, ``"v"`` (Salimans & Ho 2022: ``v =
             a eps - s x_0``) or ``"sample"``.
+        clip_x0: largest magnitude of the estimate of x_0; noise prediction wants one, since it divides by the signal
+            scale, 0.006 at t = T. None for none.
     """
 
     def __init__(
@@ -312,12 +314,14 @@ class NoiseSchedule(nn.Module):
         beta_start: float = 1e-4,
         beta_end: float = 0.02,
         parameterization: str = "v",
+        clip_x0: float | None = None,
     ) -> None:
         super().__init__()
         if parameterization not in ("epsilon", "v", "sample"):
             raise CaseError(f"noise schedule: parameterization {parameterization!r}; expected epsilon, v or sample")
         self.num_train_timesteps = num_train_timesteps
         self.parameterization = parameterization
+        self.clip_x0 = clip_x0
         beta = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64)
         self.register_buffer("alpha_bar", torch.cumprod(1 - beta, dim=0).float(), persistent=False)
 
@@ -341,6 +345,8 @@ class NoiseSchedule(nn.Module):
     def to_x0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Estimate of ``x_0`` from the network's output."""
         if self.parameterization == "sample":
-            return output
-        a, s = self.scales(t)
-        return (x_t - s * output) / a if self.parameterization == "epsilon" else a * x_t - s * output
+            x0 = output
+        else:
+            a, s = self.scales(t)
+            x0 = (x_t - s * output) / a if self.parameterization == "epsilon" else a * x_t - s * output
+        return x0 if self.clip_x0 is None else x0.clamp(-self.clip_x0, self.clip_x0)

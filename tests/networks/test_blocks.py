@@ -79,6 +79,12 @@ def test_schedule_recovers_x0_from_the_exact_output(kind):
     torch.testing.assert_close(schedule.to_x0(schedule.target(x0, noise, t), x_t, t), x0, rtol=1e-3, atol=1e-3)
 
 
+def test_estimate_is_clipped():
+    schedule = NoiseSchedule(parameterization="epsilon", clip_x0=1.5)
+    x0 = schedule.to_x0(torch.ones(1, 1, 1, 1, 1), torch.zeros(1, 1, 1, 1, 1), torch.tensor([999]))
+    assert float(x0) == -1.5
+
+
 def test_schedule_is_the_papers():
     alpha_bar = NoiseSchedule().alpha_bar
     assert len(alpha_bar) == 1000
