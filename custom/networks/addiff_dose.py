@@ -158,7 +158,7 @@ class ADDiffDose(nn.Module):
         if self.prior is not None:
             with torch.no_grad():
                 known = None if prior is None else pad_to_multiple(prior.detach(), self.multiple)
-                prior = (self._prior(spatial, context) if known is None else known).float()
+                prior = (self._prior(spatial, context) if known is None else known).float().clamp_min(0)
         body = spatial[:, self.channels.body]
         if self.denoiser is None:
             return Conditions(prior, body, spatial[:, :0], [], spatial.new_zeros(0), context, size)
