@@ -82,8 +82,9 @@ def case_metrics(case: Case, dose_gy: np.ndarray, constraints: Sequence[Constrai
     row |= _target_differences(case, dose_gy, reference_gy)
     row |= _isodose_agreement(case, dose_gy, reference_gy)
     if constraints:
-        row["constraints_met_percent"] = compliance(check(constraints, case, dose_gy))
-        row["reference_constraints_met_percent"] = compliance(check(constraints, case, reference_gy))
+        known: dict = {}
+        row["constraints_met_percent"] = compliance(check(constraints, case, dose_gy, known))
+        row["reference_constraints_met_percent"] = compliance(check(constraints, case, reference_gy, known))
     row |= _openkbp_dvh_errors(case, dose_gy, reference_gy)
     return row
 
@@ -93,7 +94,7 @@ def openkbp_dose_error_gy(dose_gy: np.ndarray, reference_gy: np.ndarray, possibl
 
     The absolute error is summed over the *whole* volume and divided by the voxels of the possible dose mask.
     """
-    total = np.abs(np.subtract(dose_gy, reference_gy, dtype=np.float64)).sum()
+    total = np.abs(dose_gy - reference_gy).sum(dtype=np.float64)
     voxels = np.count_nonzero(possible_dose_mask)
     return float(total / voxels) if voxels else float("nan")
 

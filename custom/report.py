@@ -77,7 +77,8 @@ def make_report(
     constraints = load_constraints() if constraints is None else constraints
     doses = {"predicted": dose_gy} | ({} if case.dose_gy is None else {"reference": case.dose_gy})
     found = _structures(case)
-    verdicts = {key: check(constraints, case, dose) for key, dose in doses.items()}
+    known: dict[str, list[Region]] = {}
+    verdicts = {key: check(constraints, case, dose, known) for key, dose in doses.items()}
     return {
         "banner": BANNER,
         "case": case.name,

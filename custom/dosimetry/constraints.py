@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from custom.case import Case, CaseError
 from custom.dosimetry.dvh import Metric, parse_metric
 from custom.dosimetry.regions import Region, check_structure, regions
@@ -126,18 +128,21 @@ def default_path() -> Path:
     return inside if inside.is_file() else root / "bundle" / "configs" / "constraints.json"
 
 
-def check(constraints: Sequence[Constraint], case: Case, dose_gy) -> list[Verdict]:
+def check(
+    constraints: Sequence[Constraint], case: Case, dose_gy: np.ndarray, known: dict[str, list[Region]] | None = None
+) -> list[Verdict]:
     """Judge a dose.
 
     Args:
         constraints: rows; those of other sites than the case's are left out.
         case: structures, prescription and spacing.
         dose_gy: dose ``[i, j, k]``.
+        known: structures made so far, filled here; pass the same dictionary to judge several doses of one case.
 
     Returns:
         One verdict a row, or one a target for rows on ``PTV``, in the order of the rows.
     """
-    known: dict[str, list[Region]] = {}
+    known = {} if known is None else known
     verdicts = []
     for row in constraints:
         if row.site not in (ANY_SITE, case.site):
@@ -157,7 +162,7 @@ def compliance(verdicts: Sequence[Verdict]) -> float:
     return 100 * sum(v.status == PASSED for v in applicable) / len(applicable) if applicable else math.nan
 
 
-def _judge(row: Constraint, region: Region, case: Case, dose_gy) -> Verdict:
+def _judge(row: Constraint, region: Region, case: Case, dose_gy: np.ndarray) -> Verdict:
     value = row.metric.evaluate(region.values(dose_gy), case.grid.voxel_cc, region.prescription_gy)
     limit = row.limit_for(region.prescription_gy)
     margin = limit - value if row.at_most else value - limit
