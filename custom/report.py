@@ -34,16 +34,23 @@ from custom.dosimetry.indices import (
     isodose_dice,
     isodose_hausdorff95_mm,
 )
-from custom.dosimetry.regions import Region, bounding_box, regions
+from custom.dosimetry.regions import Region, bounding_box, drawn, regions
 
 __all__ = ["BANNER", "make_report", "write_report"]
 
 BANNER = "Predicted dose. Research use only, not for clinical use."
 TARGET_METRICS = ("D98%[Gy]", "D95%[Gy]", "D50%[Gy]", "D2%[Gy]", "Mean[Gy]", "Max[Gy]", "V95%[%]")
 ORGAN_METRICS = ("Mean[Gy]", "Max[Gy]", "D0.1cc[Gy]", "D2%[Gy]", "V20Gy[%]", "V40Gy[%]")
+TUMOUR_VOLUMES = ("GTV", "CTV", "ITV")  # listed with the targets, judged by the highest prescription
 CONFORMITY_LEVEL = 0.95  # of the target's prescription
 ISODOSE_LEVELS = (0.2, 0.5, 0.8, 0.95, 1.0)  # of the highest prescription
 DVH_STEP_GY = 0.25
+
+TARGET_COLOURS = ("#d62728", "#ff7f0e", "#bc8f00", "#8c564b")
+ORGAN_COLOURS = (
+    "#1f77b4", "#2ca02c", "#9467bd", "#17becf", "#e377c2", "#7f7f7f", "#393b79", "#637939", "#843c39", "#7b4173",
+    "#3182bd", "#31a354", "#756bb1", "#0e7c86", "#a55194", "#5254a3", "#8ca252", "#ad494a", "#6b6ecf", "#969696",
+)  # fmt: skip
 
 
 def make_report(
@@ -79,6 +86,7 @@ def make_report(
     found = _structures(case)
     known: dict[str, list[Region]] = {}
     verdicts = {key: check(constraints, case, dose, known) for key, dose in doses.items()}
+    structures = [_structure(region, case, doses) for region in found]
     return {
         "banner": BANNER,
         "case": case.name,
@@ -94,7 +102,8 @@ def make_report(
         "has_reference": case.dose_gy is not None,
         "warnings": [str(text) for text in warnings],
         "notes": [str(text) for text in case.source.get("notes", ())],
-        "structures": [_structure(region, case, doses) for region in found],
+        "structures": structures,
+        "colours": _colours([s["name"] for s in structures], [s["name"] for s in structures if s["role"] == "target"]),
         "dvh": _dvh(found, case, doses, dose_std_gy),
         "indices": [_indices(region, case, doses) for region in found if region.name in case.prescription_gy],
         "constraints": _protocol(verdicts),
@@ -120,9 +129,10 @@ def write_report(record: Mapping[str, Any], case: Case, dose_gy: np.ndarray, out
     from custom.report_html import render_html  # matplotlib is slow to load, and only needed here
     from custom.report_pictures import draw_views
 
+    outlined = {name: colour for name, colour in record["colours"].items() if name != BODY}
     contents = {
         "report.json": json.dumps(_plain(record), indent=1, allow_nan=False),
-        "report.html": render_html(_plain(record), draw_views(record["views"], case, dose_gy)),
+        "report.html": render_html(_plain(record), draw_views(record["views"], case, dose_gy, outlined)),
     }
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -143,19 +153,28 @@ def _check_dose(case: Case, array: np.ndarray, what: str) -> None:
 
 
 def _structures(case: Case) -> list[Region]:
-    """Everything drawn: targets by falling prescription, organs by name, the body last."""
-    names = list(case.targets)
-    names += sorted(roi for roi in case.masks if roi not in case.prescription_gy and roi != BODY) + [BODY]
-    top_gy, found = case.highest_prescription_gy, []
-    for name in names:
-        box = bounding_box(case.masks[name])
-        if box is not None:
-            found.append(Region(name, box, case.masks[name][box], case.prescription_gy.get(name, top_gy)))
-    return found
+    """Everything drawn: targets by falling prescription, then tumour volumes, organs by name, and the body.
+
+    Both lungs are one organ for every limit, so they get their common histogram, too.
+    """
+    others = {roi: drawn(roi, case) for roi in case.masks if roi not in case.prescription_gy and roi != BODY}
+    if {"Lung_L", "Lung_R"} <= others.keys() and "Lungs" not in others:
+        others["Lungs"] = next(iter(regions("Lungs", case)), None)
+    names = sorted(others, key=lambda roi: (not roi.startswith(TUMOUR_VOLUMES), roi))
+    found = [*(drawn(roi, case) for roi in case.targets), *(others[roi] for roi in names), drawn(BODY, case)]
+    return [region for region in found if region is not None]
+
+
+def _colours(names: Sequence[str], targets: Sequence[str]) -> dict[str, str]:
+    """A colour for each structure: warm ones for targets, grey for the body."""
+    organs = [name for name in names if name not in targets and name != BODY]
+    colours = {name: ORGAN_COLOURS[n % len(ORGAN_COLOURS)] for n, name in enumerate(organs)}
+    colours |= {name: TARGET_COLOURS[n % len(TARGET_COLOURS)] for n, name in enumerate(targets)}
+    return colours | {BODY: "#999999"}
 
 
 def _structure(region: Region, case: Case, doses: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    is_target = region.name in case.prescription_gy
+    is_target = region.name in case.prescription_gy or region.name.startswith(TUMOUR_VOLUMES)
     role = "target" if is_target else "external" if region.name == BODY else "organ"
     inside = {key: region.values(dose) for key, dose in doses.items()}
     metrics = {}
@@ -166,7 +185,7 @@ def _structure(region: Region, case: Case, doses: Mapping[str, np.ndarray]) -> d
     return {
         "name": region.name,
         "role": role,
-        "prescription_gy": float(region.prescription_gy) if is_target else None,
+        "prescription_gy": case.prescription_gy.get(region.name),
         "volume_cc": float(np.count_nonzero(region.mask) * case.grid.voxel_cc),
         "metrics": metrics,
     }

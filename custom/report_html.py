@@ -11,7 +11,7 @@ from html import escape
 from typing import Any
 
 from custom.report_dvh import dvh_script, dvh_svg, spoken
-from custom.report_pictures import ISODOSE_LINES, structure_colours
+from custom.report_pictures import ISODOSE_LINES
 
 __all__ = ["render_html"]
 
@@ -25,8 +25,7 @@ def render_html(record: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]]
         record: :func:`custom.report.make_report`'s, with None for nan.
         pictures: :func:`custom.report_pictures.draw_views`'.
     """
-    names = [structure["name"] for structure in record["structures"]]
-    colours = structure_colours(sorted(names), [s["name"] for s in record["structures"] if s["role"] == "target"])
+    colours = record["colours"]
     parts = [
         _header(record),
         _messages(record),

@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import IdentityTransform
 from PIL import Image
 
-from custom.case import BODY, Case
+from custom.case import Case
 from custom.dosimetry.regions import bounding_box
 
-__all__ = ["ISODOSE_LINES", "draw_views", "structure_colours"]
+__all__ = ["ISODOSE_LINES", "draw_views"]
 
 # Share of the highest prescription -> colour of its line.
 ISODOSE_LINES = {
@@ -31,11 +31,6 @@ ISODOSE_LINES = {
     1.0: "#ff8c1a",
     1.07: "#e0218a",
 }
-TARGET_COLOURS = ("#d62728", "#ff7f0e", "#bc8f00", "#8c564b")
-ORGAN_COLOURS = (
-    "#1f77b4", "#2ca02c", "#9467bd", "#17becf", "#e377c2", "#7f7f7f", "#393b79", "#637939", "#843c39", "#7b4173",
-    "#3182bd", "#31a354", "#756bb1", "#0e7c86", "#a55194", "#5254a3", "#8ca252", "#ad494a", "#6b6ecf", "#969696",
-)  # fmt: skip
 WINDOW_HU = (-160.0, 240.0)
 IRRADIATED_SHARE = 0.05  # of the prescription: planes reach this far along the patient, and a bit
 AROUND_DOSE_MM, BORDER_MM = 40.0, 8.0
@@ -61,21 +56,16 @@ class _Scene:
     prescription_gy: float
 
 
-def structure_colours(names: Sequence[str], targets: Sequence[str]) -> dict[str, str]:
-    """A colour for each structure: warm ones for targets, grey for the body."""
-    organs = [name for name in names if name not in targets and name != BODY]
-    colours = {name: ORGAN_COLOURS[n % len(ORGAN_COLOURS)] for n, name in enumerate(organs)}
-    colours |= {name: TARGET_COLOURS[n % len(TARGET_COLOURS)] for n, name in enumerate(targets)}
-    return colours | {BODY: "#999999"}
-
-
-def draw_views(views: Sequence[Mapping[str, Any]], case: Case, dose_gy: np.ndarray) -> list[dict[str, Any]]:
+def draw_views(
+    views: Sequence[Mapping[str, Any]], case: Case, dose_gy: np.ndarray, colours: Mapping[str, str]
+) -> list[dict[str, Any]]:
     """Draw every view in three planes: the dose, and with a reference that and the difference.
 
     Args:
         views: entries with ``title``, ``index`` (voxel of the case's grid), ``dose_gy``.
         case: the patient.
         dose_gy: predicted dose ``[i, j, k]``.
+        colours: structures to outline, and in which colour.
 
     Returns:
         For each view ``{"title", "dose_gy", "rows": [{"title", "planes": {name: PNG as base64}}]}``.
@@ -85,10 +75,9 @@ def draw_views(views: Sequence[Mapping[str, Any]], case: Case, dose_gy: np.ndarr
     def turn(array: np.ndarray | None) -> np.ndarray | None:
         return None if array is None else np.flip(array.transpose(axes), [a for a in range(3) if flips[a]])
 
-    colours = structure_colours(sorted(case.masks), list(case.targets))
     body = turn(case.body)
     spacing_mm = case.grid.spacing_mm[list(axes)]
-    structures = {name: (turn(mask), colours[name]) for name, mask in case.masks.items() if name != BODY}
+    structures = {name: (turn(mask), colours[name]) for name, mask in case.masks.items() if name in colours}
     dose, reference = turn(dose_gy), turn(case.dose_gy)
     irradiated = bounding_box(dose > IRRADIATED_SHARE * case.highest_prescription_gy)
     extent = _padded(irradiated, AROUND_DOSE_MM, spacing_mm, body.shape)

@@ -55,6 +55,17 @@ def test_record_has_known_numbers(case, dose):
     assert record["views"][0]["title"] == "Hottest spot" and record["views"][0]["dose_gy"] == 60
 
 
+def test_lungs_are_one_organ_tumour_volumes_stand_with_targets_and_odd_names_are_kept(case, dose):
+    masks = dict(case.masks) | {"Lung_R": case.masks["SpinalCord"], "GTV": case.masks["PTV_6000"]}
+    masks |= {"z opt (1)": case.masks["Lung_L"], "Heart": np.zeros(case.grid.shape, bool)}
+    record = make_report(replace(case, masks=masks), dose)
+    by_name = {s["name"]: s for s in record["structures"]}
+    assert list(by_name) == ["PTV_6000", "GTV", "Lung_L", "Lung_R", "Lungs", "SpinalCord", "z opt (1)", BODY]
+    assert by_name["GTV"]["role"] == "target" and by_name["GTV"]["prescription_gy"] is None
+    assert by_name["Lungs"]["volume_cc"] == by_name["Lung_L"]["volume_cc"] + by_name["Lung_R"]["volume_cc"]
+    assert set(record["colours"]) == set(by_name)
+
+
 def test_protocol_puts_the_worst_first_and_absent_last(case, dose):
     rows = make_report(case, dose)["constraints"]
     status = [row["status"] for row in rows]
@@ -110,7 +121,7 @@ def pixels(png):
 def test_pictures_do_not_depend_on_the_storage_order(case, dose):
     """The same patient stored feet first with swapped axes looks the same: left on the right, anterior on top."""
     view = {"title": "", "index": [10, 8, 10], "dose_gy": 60.0}
-    (plain,) = draw_views([view], case, dose)
+    (plain,) = draw_views([view], case, dose, {"PTV_6000": "#ff0000"})
     turned_affine = case.grid.affine @ np.array([[0, -1, 0, 29], [1, 0, 0, 0], [0, 0, -1, 19], [0, 0, 0, 1.0]])
     grid = Grid((24, 30, 20), turned_affine)
 
@@ -120,7 +131,7 @@ def test_pictures_do_not_depend_on_the_storage_order(case, dose):
     assert np.allclose(grid.to_world([8, 29 - 10, 19 - 10]), case.grid.to_world([10, 8, 10]))
     masks = {roi: turn(mask) for roi, mask in case.masks.items()}
     turned = replace(case, grid=grid, ct_hu=turn(case.ct_hu), masks=masks, dose_gy=turn(case.dose_gy))
-    (other,) = draw_views([view | {"index": [8, 19, 9]}], turned, turn(dose))
+    (other,) = draw_views([view | {"index": [8, 19, 9]}], turned, turn(dose), {"PTV_6000": "#ff0000"})
     for row, same in zip(plain["rows"], other["rows"]):
         for plane in ("axial", "coronal", "sagittal"):
             assert np.abs(pixels(row["planes"][plane]) - pixels(same["planes"][plane])).max() < 8, plane

@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from custom.case import Case, CaseError
 
-__all__ = ["Region", "check_structure", "regions", "whole_mask"]
+__all__ = ["Region", "bounding_box", "check_structure", "drawn", "regions", "whole_mask"]
 
 Box = tuple[slice, slice, slice]
 
@@ -93,6 +93,13 @@ def regions(structure: str, case: Case) -> list[Region]:
     return [region for region in found if region is not None and region.mask.any()]
 
 
+def drawn(name: str, case: Case) -> Region | None:
+    """The mask of exactly that name, whatever the name looks like; None when it is absent or empty."""
+    if name not in case.masks:
+        return None
+    return _region(name, case.masks[name], case.prescription_gy.get(name, case.highest_prescription_gy))
+
+
 def whole_mask(region: Region, case: Case) -> np.ndarray:
     """The region as a boolean array of the case's grid."""
     out = np.zeros(case.grid.shape, dtype=bool)
@@ -113,7 +120,7 @@ def _find(structure: str, case: Case) -> Region | None:
     """One region, or None."""
     top_gy = case.highest_prescription_gy
     if structure in case.masks:
-        return _region(structure, case.masks[structure], case.prescription_gy.get(structure, top_gy))
+        return drawn(structure, case)
     if structure in LEVELS:
         return _target_level(structure, case)
     if structure in PAIRS:
