@@ -19,8 +19,18 @@ from monai.utils import CommonKeys
 from custom.case import CaseError
 from custom.metrics import write_metrics
 
-__all__ = ["EmaExport", "HistoryWriter", "MetricsCollector", "ObjectiveUpdate", "PhasedObjective", "Resume", "Unwrapd", "WallClockSchedule", "WeightsLoader",
-           "collate_cases"]
+__all__ = [
+    "EmaExport",
+    "HistoryWriter",
+    "MetricsCollector",
+    "ObjectiveUpdate",
+    "PhasedObjective",
+    "Resume",
+    "Unwrapd",
+    "WallClockSchedule",
+    "WeightsLoader",
+    "collate_cases",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -319,14 +329,15 @@ class WeightsLoader:
 
     Args:
         path: ``model.pt``.
-        network: module to load into.
+        network: module to load into, or several (a network and its moving average).
         required: False lets a training start from nothing when ``path`` is empty.
         strict: False takes those entries that fit by name and shape.
     """
 
-    def __init__(self, path: str | Path | None, network: torch.nn.Module, required: bool = True,
-                 strict: bool = True) -> None:
-        self.path, self.network, self.required, self.strict = path, network, required, strict
+    def __init__(self, path: str | Path | None, network: torch.nn.Module | Sequence[torch.nn.Module],
+                 required: bool = True, strict: bool = True) -> None:
+        self.path, self.required, self.strict = path, required, strict
+        self.networks = [network] if isinstance(network, torch.nn.Module) else list(network)
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, lambda _: self.load())
@@ -347,7 +358,7 @@ class WeightsLoader:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise CaseError(f"{path}: not a weights file that can be read safely ({error}); take it anew") from error
-        own = self.network.state_dict()
+        own = self.networks[0].state_dict()
         if not isinstance(state, Mapping) or not all(isinstance(v, torch.Tensor) for v in state.values()):
             raise CaseError(f"{path}: expected a raw state_dict, found {type(state).__name__}")
         fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
@@ -355,5 +366,6 @@ class WeightsLoader:
             odd = sorted(set(own) ^ set(state)) or [k for k in own if k not in fitting]
             raise CaseError(f"{path}: weights of another network; {len(fitting)} of {len(own)} tensors fit, the first "
                             f"that does not is {odd[0]!r}. Use the config the weights were trained with")
-        self.network.load_state_dict(fitting, strict=False)
+        for network in self.networks:
+            network.load_state_dict(fitting, strict=False)
         logger.info("loaded %d of %d tensors from %s", len(fitting), len(own), path)

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from custom.case import CaseError
 
-__all__ = ["DoseDiffusionInferer", "LinearDecaySlidingWindowInferer", "few_step_plan", "linear_decay_map", "sample_x0"]
+__all__ = [
+    "DoseDiffusionInferer",
+    "FirstOutputInferer",
+    "LinearDecaySlidingWindowInferer",
+    "few_step_plan",
+    "linear_decay_map",
+    "sample_x0",
+]
 
 # Few-step plans: log(signal scale / noise scale) of the steps after t = T, and the weight with which each step after
 # the first extrapolates the estimate of x_0. Fitted to Gaussians with their ideal denoiser (a "bespoke" solver in the
@@ -134,6 +141,13 @@ class LinearDecaySlidingWindowInferer(SlidingWindowInferer):
         fractions = [max(o - 1e-3, 0.0) / n for o, n in zip(overlaps, roi_size)]
         super().__init__(roi_size=list(roi_size), overlap=fractions, **kwargs)
         self.roi_weight_map = linear_decay_map(roi_size, overlaps)
+
+
+class FirstOutputInferer(Inferer):
+    """First of the network's outputs: the reconstruction of an autoencoder that also returns its latent's moments."""
+
+    def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        return network(inputs, *args, **kwargs)[0]
 
 
 class DoseDiffusionInferer(Inferer):

@@ -26,7 +26,7 @@ LEVEL_WORDS = {
 UNITS = {"gy", "cgy"}
 LOWEST_BARE_GY, LOWEST_BARE_CGY, HIGHEST_GY = 20.0, 1000, 100.0
 
-_TARGET = re.compile(r"^(s?ptv|i?ctv|i?gtv|itv)s?(?![a-rt-z]{3})(.*)$", re.IGNORECASE)
+_TARGET = re.compile(r"^(s?ptv|i?ctv|i?gtv|itv)s?(.*)$", re.IGNORECASE)
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _FRACTIONATED = re.compile(r"(?<!\d)(\d{1,2}(?:\.\d+)?) ?gy ?x ?(\d{1,2})\b|(?<!\d)(\d{3,4})x(\d{1,2})\b")
 _IN_CGY = re.compile(r"(?<![\d.])(\d{3,5}) ?cgy|(?<![\d.])(\d{4})(?![\d.])")

@@ -17,7 +17,8 @@ from custom.metrics import DoseScore
 from custom.physics.fluence import BeamModel, load_objectives, plan_dose
 from custom.physics.open_field import open_field_dose
 
-__all__ = ["AppendContextd", "ConditionChannelsd", "PackLabeld", "TrainingTensorsd"]
+__all__ = ["AppendContextd", "ConditionChannelsd", "PackLabeld", "ReconstructionTargetd",
+           "TrainingTensorsd"]
 
 DISTANCE_SCALE_MM = 50.0
 ABSENT_DISTANCE = -1.0
@@ -226,3 +227,16 @@ class PackLabeld(MapTransform):
         for key in self.key_iterator(out):
             out[key] = DoseScore.pack(out[key].float(), out[Keys.BODY], float(out["prescription_gy"]))
         return out
+
+
+class ReconstructionTargetd(MapTransform):
+    """The CT in [0, 1] as ``image`` and ``label``, for judging an autoencoder; see ``LightweightVAE3D.scale_ct``."""
+
+    def __init__(self, keys: KeysCollection = Keys.IMAGE, ct_channel: int = 0) -> None:
+        super().__init__(keys)
+        self.ct_channel = ct_channel
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
+        ct = data[Keys.IMAGE][self.ct_channel : self.ct_channel + 1].float()
+        ct = ((ct + 1.0) / 2.0).clamp(0.0, 1.0)
+        return {**data, Keys.IMAGE: ct, Keys.LABEL: ct, "prescription_gy": 1.0}

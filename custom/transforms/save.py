@@ -10,7 +10,6 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection
@@ -18,6 +17,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, SaveImaged
 
 from custom.case import Case, CaseError, DoseScale, Grid, Keys, resample
+from custom.io.nifti import write_nifti
 from custom.io.openkbp import write_dose_csv
 from custom.io.rtdose import write_rtdose
 from custom.metrics import case_metrics
@@ -26,6 +26,7 @@ from custom.report import make_report, write_report
 __all__ = ["CaseMetricsd", "RestoreDosed", "SaveImageRTDosed"]
 
 WORK = "work"
+MARK = "predicted dose, not for clinical use"
 
 
 class RestoreDosed(MapTransform):
@@ -46,8 +47,8 @@ class RestoreDosed(MapTransform):
         for key in self.key_iterator(out):
             volumes = out[key].detach().float().cpu().numpy()
             if not np.isfinite(volumes).all():
-                raise CaseError(f"case {case.name}: the network gave values that are not finite; expected a dose. Check "
-                                "the weights and the input's range")
+                raise CaseError(f"case {case.name}: the network gave values that are not finite; expected a dose. "
+                                "Check the weights and the input's range")
             restored = [_restore(volume, work.grid, case) for volume in volumes]
             affine = torch.as_tensor(case.grid.ras_affine)
             out[key] = MetaTensor(torch.from_numpy(restored[0][None]), affine=affine)
@@ -118,10 +119,10 @@ class SaveImageRTDosed(SaveImaged):
         if "rtdose" in self.files:
             write_rtdose(folder / "RTDOSE.dcm", on_grid, grid, case.source.get("references") or {})
         if "nifti" in self.files:
-            _write_nifti(folder / "dose.nii.gz", on_grid, grid)
+            write_nifti(folder / "dose.nii.gz", on_grid, grid, f"Gy, {MARK}")
             if std_gy is not None:
                 std_on_grid = std_gy if grid is case.grid else resample(std_gy, case.grid, grid)
-                _write_nifti(folder / "dose_std.nii.gz", std_on_grid, grid)
+                write_nifti(folder / "dose_std.nii.gz", std_on_grid, grid, f"standard deviation in Gy, {MARK}")
         if "csv" in self.files and source_format == "openkbp":
             write_dose_csv(folder / "dose.csv", dose_gy, case.body)
         if "report" in self.files:
@@ -139,13 +140,6 @@ class SaveImageRTDosed(SaveImaged):
         affine = case.grid.affine.copy()
         affine[:3, :3] *= float(self.dose_grid) / case.grid.spacing_mm
         return replace(case.grid, shape=tuple(shape), affine=affine)
-
-
-def _write_nifti(path: Path, volume: np.ndarray, grid: Grid) -> None:
-    image = nib.Nifti1Image(volume.astype(np.float32), grid.ras_affine)
-    image.header.set_xyzt_units("mm")
-    image.header["descrip"] = b"predicted dose in Gy, not for clinical use"
-    nib.save(image, path)
 
 
 @contextlib.contextmanager
