@@ -84,7 +84,7 @@ def to_working_grid(case: Case, spacing_mm, finest_mm, margin: int = 2) -> Case:
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in cropped.shape])).reshape(3, -1).T
     low, high = cropped.to_world(corners).min(0), cropped.to_world(corners).max(0)
     spacing = _working_spacing(cropped, spacing_mm, finest_mm)
-    shape = np.ceil((high - low) / spacing).astype(int) + 1
+    shape = np.ceil((high - low) / spacing - 1e-4).astype(int) + 1  # rounding must not add a voxel
     grid = Grid.axis_aligned(shape, spacing, (low + high) / 2 - spacing * (shape - 1) / 2)
     masks = {roi: _average(mask, case.grid, grid, 0.0) >= 0.5 for roi, mask in case.masks.items()}
     masks = {roi: mask for roi, mask in masks.items() if mask.any() or roi in case.prescription_gy or roi == BODY}
@@ -111,5 +111,9 @@ def _average(array: np.ndarray, source: Grid, target: Grid, fill: float) -> np.n
         box = tuple(slice(max(0, s.start - 2 * k - 1), min(n, s.stop + 2 * k + 1))
                     for s, k, n in zip(found[0], size, array.shape, strict=True))
         array, source = array[box], source.crop(box)
-    smooth = ndimage.uniform_filter(array.astype(np.float32), size=tuple(size), mode="nearest")
+    smooth = array.astype(np.float32)
+    for axis, n in enumerate(size):
+        if n > 1:  # an even number of voxels is centred by half weights at both ends; uniform_filter would shift it
+            weights = np.ones(n) / n if n % 2 else np.array([0.5, *np.ones(n - 1), 0.5]) / n
+            smooth = ndimage.correlate1d(smooth, weights, axis=axis, mode="nearest")
     return resample(smooth, source, target, order=1, fill=fill)

@@ -1,0 +1,72 @@
+"""Mirroring and conditions taken away."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from custom.transforms.augment import RandDropConditionsd, RandMirrord, mirror_order
+
+SPATIAL = ["ct", "sdm_Parotid_L", "sdm_Parotid_R", "sdm_target_high", "sdm_Lung_L"]
+CONTEXT = ["has_ct", "has_Parotid_L", "has_Parotid_R", "has_Lung_L"]
+ROIS = ["Parotid_R", "SpinalCord", "Parotid_L"]
+
+
+@pytest.fixture
+def data() -> dict:
+    generator = torch.Generator().manual_seed(0)
+    return {"image": torch.rand(5, 4, 3, 2, generator=generator), "label": torch.rand(1, 4, 3, 2, generator=generator),
+            "rois": torch.rand(3, 4, 3, 2, generator=generator), "context": torch.tensor([1.0, 1.0, 0.0, 1.0])}
+
+
+def mirror(prob: float = 1.0) -> RandMirrord:
+    return RandMirrord(["image", "label", "rois"], SPATIAL, CONTEXT, ROIS, prob=prob)
+
+
+def test_order_swaps_pairs_and_keeps_the_rest():
+    assert mirror_order(SPATIAL) == [0, 2, 1, 3, 4]  # Lung_R is no channel: the left one stays
+    assert mirror_order(["A_L", "B", "A_R", "C_LR"]) == [2, 1, 0, 3]
+
+
+def test_mirror_flips_left_to_right_and_swaps_sides(data):
+    out = mirror()(data)
+    assert torch.equal(out["image"][0], data["image"][0].flip(0))
+    assert torch.equal(out["image"][1], data["image"][2].flip(0))  # what was the right parotid is the left one now
+    assert torch.equal(out["rois"][0], data["rois"][2].flip(0)) and torch.equal(out["rois"][1], data["rois"][1].flip(0))
+    assert torch.equal(out["label"], data["label"].flip(1))
+    assert out["context"].tolist() == [1, 0, 1, 1]
+
+
+def test_mirroring_twice_is_the_identity(data):
+    kept = {key: value.clone() for key, value in data.items()}
+    out = mirror()(mirror()(data))
+    assert all(torch.equal(out[key], kept[key]) and torch.equal(data[key], kept[key]) for key in kept)
+
+
+def test_mirror_happens_as_often_as_asked(data):
+    transform = mirror(prob=0.3)
+    transform.set_random_state(0)
+    share = sum(not torch.equal(transform(data)["label"], data["label"]) for _ in range(400)) / 400
+    assert share == pytest.approx(0.3, abs=0.07)
+    assert all(torch.equal(mirror(prob=0.0)(data)[key], data[key]) for key in data)
+
+
+def test_dropped_conditions_look_like_absent_ones(data):
+    out = RandDropConditionsd("image", SPATIAL, CONTEXT, ct_prob=1.0, organ_prob=1.0)(data)
+    assert out["context"].tolist() == [0, 0, 0, 0]
+    assert (out["image"][0] == 0).all() and (out["image"][[1, 2, 4]] == -1).all()
+    assert torch.equal(out["image"][3], data["image"][3])  # a target is never taken away
+    assert data["context"].tolist() == [1, 1, 0, 1] and (data["image"] >= 0).all()  # the sample itself is untouched
+
+
+def test_nothing_dropped_changes_nothing(data):
+    out = RandDropConditionsd("image", SPATIAL, CONTEXT, ct_prob=0.0, organ_prob=0.0)(data)
+    assert all(torch.equal(out[key], data[key]) for key in data)
+
+
+def test_drops_come_as_often_as_asked(data):
+    transform = RandDropConditionsd("image", SPATIAL, CONTEXT, ct_prob=0.2, organ_prob=0.1)
+    transform.set_random_state(0)
+    seen = torch.stack([transform(data)["context"] for _ in range(500)])
+    assert 1 - seen[:, 0].mean().item() == pytest.approx(0.2, abs=0.06)
+    assert 1 - seen[:, 1].mean().item() == pytest.approx(0.1, abs=0.05)
