@@ -91,12 +91,12 @@ class SaveImageRTDosed(SaveImaged):
         output_dir: folder of the results.
         dose_grid: ``"ct"``; ``"plan"`` for the grid of the RTDOSE that came along; or a voxel size in mm.
         files: which of ``"rtdose"``, ``"nifti"``, ``"report"``, ``"csv"`` to write.
-        model: what the report says about the model.
+        model: facts about the model for the report, such as its name and version.
     """
 
     def __init__(self, keys: KeysCollection = Keys.PRED, output_dir: str | Path = "eval",
                  dose_grid: str | float = "ct", files: Sequence[str] = ("rtdose", "nifti", "report", "csv"),
-                 model: str = "") -> None:
+                 model: Mapping[str, object] | None = None) -> None:
         super().__init__(keys, output_dir=output_dir, print_log=False)
         if dose_grid not in ("ct", "plan") and not isinstance(dose_grid, (int, float)):
             raise CaseError(f"dose_grid: found {dose_grid!r}; expected 'ct', 'plan' or a voxel size in mm")
@@ -126,8 +126,7 @@ class SaveImageRTDosed(SaveImaged):
         if "csv" in self.files and source_format == "openkbp":
             write_dose_csv(folder / "dose.csv", dose_gy, case.body)
         if "report" in self.files:
-            record = make_report(case, dose_gy, dose_std_gy=std_gy, warnings=warnings)
-            record["model"] = self.model
+            record = make_report(case, dose_gy, dose_std_gy=std_gy, warnings=warnings, model=self.model)
             write_report(record, case, dose_gy, folder)
 
     def _grid(self, case: Case) -> Grid:

@@ -1,0 +1,180 @@
+"""What is written for a case: whole folders, and files that agree with each other at the same patient points."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK
+import torch
+from monai.data import MetaTensor
+from scipy import ndimage
+
+from custom.case import Beam, Case, CaseError, Grid, Site
+from custom.io import read_case
+from custom.phantom import make_case, with_dose, write_study
+from custom.transforms.save import CaseMetricsd, SaveImageRTDosed, whole_folder
+
+
+# ------------------------------------------------------------------------------------------------------ folders
+def test_files_of_an_error_are_left_nowhere(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "dose.txt").write_text("yesterday's")
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "one") as folder:
+        (folder / "dose.txt").write_text("half")
+        raise RuntimeError
+    assert [p.name for p in tmp_path.iterdir()] == ["one"]
+    assert (tmp_path / "one" / "dose.txt").read_text() == "yesterday's"
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "deep" / "two") as folder:
+        raise RuntimeError
+    assert not list((tmp_path / "deep").iterdir())
+
+
+def test_whole_files_replace_older_ones_and_leave_the_others(tmp_path):
+    folder = tmp_path / "out" / "one"
+    folder.mkdir(parents=True)
+    (folder / "dose.txt").write_text("yesterday's")
+    (folder / "notes.txt").write_text("mine")
+    with whole_folder(folder) as partial:
+        (partial / "dose.txt").write_text("today's")
+        assert (folder / "dose.txt").read_text() == "yesterday's"  # until everything is there
+    assert {p.name: p.read_text() for p in folder.iterdir()} == {"dose.txt": "today's", "notes.txt": "mine"}
+    assert [p.name for p in folder.parent.iterdir()] == ["one"]
+
+
+def test_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CaseError, match="cannot write to .*file.*another output_dir"):
+        with whole_folder(tmp_path / "file" / "one"):
+            pass
+
+
+# ------------------------------------------------------------------------------------------------------ DICOM case
+@pytest.fixture(scope="module")
+def case(tmp_path_factory) -> Case:
+    """A phantom patient written as DICOM, with a reference dose, and read again."""
+    drawn = make_case(Site.HEAD_NECK, 3, shape=(48, 48, 24))
+    dose = ndimage.gaussian_filter(np.where(drawn.target_mask(), 70.0, 10.0) * drawn.body, 1.5)
+    folder = tmp_path_factory.mktemp("study")
+    return read_case(write_study(with_dose(drawn, dose), folder, patient_id="SAVE"))
+
+
+@pytest.fixture(scope="module")
+def data(case) -> dict:
+    """A predicted dose with waves in it, so that each place has its own value, and a standard deviation."""
+    i, j, k = np.meshgrid(*map(np.arange, case.grid.shape), indexing="ij")
+    dose = (case.dose_gy + 5 * (1 + np.sin(i / 3) * np.cos(j / 4) * np.sin(k / 2))) * case.body
+    affine = torch.as_tensor(case.grid.ras_affine)
+    pred = MetaTensor(torch.from_numpy(dose.astype(np.float32))[None], affine=affine)
+    return {"case": case, "pred": pred, "pred_std": pred * 0.1}
+
+
+@pytest.fixture(scope="module")
+def written(data, tmp_path_factory):
+    root = tmp_path_factory.mktemp("eval")
+    SaveImageRTDosed(output_dir=root, model={"name": "a test"})({**data, "warnings": ["look here"]})
+    return root / data["case"].name
+
+
+def sampled_nifti(path, points_mm) -> np.ndarray:
+    """Linear interpolation at LPS points, by the file's own affine."""
+    image = nib.load(path)
+    at = nib.affines.apply_affine(np.linalg.inv(image.affine), points_mm * (-1, -1, 1))
+    return ndimage.map_coordinates(image.get_fdata(), at.T, order=1)
+
+
+def sampled_dicom(path, points_mm) -> np.ndarray:
+    """Linear interpolation at LPS points, by a reader that is not ours; ITK leaves the dose scaling to its user."""
+    image = SimpleITK.ReadImage(str(path), SimpleITK.sitkFloat64)
+    scaling = float(image.GetMetaData("3004|000e"))
+    at = ([float(v) for v in point] for point in points_mm)
+    return scaling * np.array([image.EvaluateAtPhysicalPoint(p, SimpleITK.sitkLinear) for p in at])
+
+
+def points_inside(case: Case, count: int = 300) -> np.ndarray:
+    """Random LPS points between voxels of the body."""
+    rng = np.random.default_rng(0)
+    index = np.argwhere(ndimage.binary_erosion(case.body))
+    return case.grid.to_world(rng.permutation(index)[:count] + rng.uniform(-0.5, 0.5, (count, 3)))
+
+
+def test_promised_files_are_written(written, case):
+    names = {p.name for p in written.iterdir()}
+    assert names == {"RTDOSE.dcm", "dose.nii.gz", "dose_std.nii.gz", "report.json", "report.html"}
+    assert [p.name for p in written.parent.iterdir()] == [case.name]
+    text = (written / "report.json").read_text()
+    assert json.loads(text)["model"] == {"name": "a test"} and "look here" in text
+
+
+def test_rtdose_and_nifti_agree_within_a_centigray(written, data):
+    case = data["case"]
+    points = points_inside(case)
+    truth = ndimage.map_coordinates(data["pred"][0].numpy(), case.grid.to_index(points).T, order=1)
+    dicom, nifti = sampled_dicom(written / "RTDOSE.dcm", points), sampled_nifti(written / "dose.nii.gz", points)
+    assert np.ptp(truth) > 20
+    np.testing.assert_allclose(dicom, nifti, atol=0.01)
+    np.testing.assert_allclose(dicom, truth, atol=0.01)
+    std = sampled_nifti(written / "dose_std.nii.gz", points)
+    np.testing.assert_allclose(std, 0.1 * truth, atol=0.01)
+
+
+@pytest.mark.parametrize("dose_grid", ["plan", 8.0], ids=str)
+def test_dose_on_another_grid(data, tmp_path, dose_grid):
+    """The dose file is on the grid asked for, and tells the patient's dose wherever its voxels lie."""
+    case = data["case"]
+    save = SaveImageRTDosed(output_dir=tmp_path, dose_grid=dose_grid, files=["rtdose", "nifti"])
+    save({key: data[key] for key in ("case", "pred")})
+    folder = tmp_path / case.name
+    assert {p.name for p in folder.iterdir()} == {"RTDOSE.dcm", "dose.nii.gz"}
+    image = nib.load(folder / "dose.nii.gz")
+    if dose_grid == "plan":
+        assert image.shape == case.dose_grid.shape
+        np.testing.assert_allclose(image.affine, case.dose_grid.ras_affine, atol=1e-3)
+    else:
+        assert image.header.get_zooms() == pytest.approx((8.0, 8.0, 8.0))
+    rng = np.random.default_rng(1)
+    index = rng.integers(1, np.array(image.shape) - 1, (200, 3))
+    points = nib.affines.apply_affine(image.affine, index) * (-1, -1, 1)
+    truth = ndimage.map_coordinates(data["pred"][0].numpy(), case.grid.to_index(points).T, order=1)
+    np.testing.assert_allclose(image.get_fdata()[tuple(index.T)], truth, atol=0.01)
+    np.testing.assert_allclose(sampled_dicom(folder / "RTDOSE.dcm", points), truth, atol=0.01)
+
+
+def test_plan_grid_falls_back_to_the_ct(data, tmp_path):
+    case = dataclasses.replace(data["case"], dose_grid=None)
+    SaveImageRTDosed(output_dir=tmp_path, dose_grid="plan", files=["nifti"])({"case": case, "pred": data["pred"]})
+    assert nib.load(tmp_path / case.name / "dose.nii.gz").shape == case.grid.shape
+
+
+def test_unknown_grid_is_refused(tmp_path):
+    with pytest.raises(CaseError, match="'beam'; expected 'ct', 'plan' or a voxel size"):
+        SaveImageRTDosed(output_dir=tmp_path, dose_grid="beam")
+
+
+# ------------------------------------------------------------------------------------------------------ other cases
+def test_openkbp_case_gets_its_csv(tmp_path):
+    grid, body = Grid.axis_aligned((128, 128, 128), (4, 4, 3)), np.zeros((128, 128, 128), bool)
+    body[60:64, 60:64, 60:64] = True
+    case = Case("pt_1", grid, None, {"Body": body, "PTV_7000": body}, {"PTV_7000": 70.0},
+                (Beam("G0", (0.0,), (0, 0, 0)),), "IMRT", "HeadNeck", source={"format": "openkbp"})
+    SaveImageRTDosed(output_dir=tmp_path, files=["csv"])({"case": case, "pred": torch.full((1, 128, 128, 128), 20.0)})
+    rows = (tmp_path / "pt_1" / "dose.csv").read_text().splitlines()
+    assert rows[0] == ",data" and len(rows) == 1 + 64 and all(row.endswith(",20") for row in rows[1:])
+
+
+def test_error_while_writing_leaves_no_results(data, tmp_path):
+    broken = dataclasses.replace(data["case"], source={"format": "openkbp"})  # dose.csv wants 128 voxels a side
+    with pytest.raises(CaseError, match="dose.csv"):
+        SaveImageRTDosed(output_dir=tmp_path, files=["nifti", "csv"])({"case": broken, "pred": data["pred"]})
+    assert not list(tmp_path.iterdir())
+
+
+def test_metrics_want_a_reference(data):
+    row = CaseMetricsd()(data)["metrics"]
+    difference = np.abs(data["pred"][0].numpy() - data["case"].dose_gy)[data["case"].body].mean()
+    assert row["case"] == data["case"].name and row["mae_body_gy"] == pytest.approx(difference, rel=1e-4)
+    with pytest.raises(CaseError, match="needs a reference dose"):
+        CaseMetricsd()({**data, "case": dataclasses.replace(data["case"], dose_gy=None)})
