@@ -41,26 +41,27 @@ def collate_cases(batch: Sequence[Mapping]) -> dict:
     out = list_data_collate(tensors)
     for key in batch[0]:
         if key not in out:
-            out[key] = [_Whole(item[key]) for item in batch]
+            out[key] = [_Whole.wrap(item[key]) for item in batch]
     return out
 
 
-class _Whole:
-    """Holds any object through MONAI's collation; :meth:`unwrap` gives it back."""
+class _Whole(str):
+    """Holds any object through MONAI's collation, which takes a string for one value; unwrapped by Unwrapd."""
 
-    def __init__(self, value) -> None:
-        self.value = value
+    value: object
 
-    @staticmethod
-    def unwrap(data: Mapping) -> dict:
-        return {k: v.value if isinstance(v, _Whole) else v for k, v in data.items()}
+    @classmethod
+    def wrap(cls, value: object) -> _Whole:
+        whole = cls(type(value).__name__)
+        whole.value = value
+        return whole
 
 
 class Unwrapd:
     """First transform after the network: gives back what :func:`collate_cases` wrapped; else changes nothing."""
 
     def __call__(self, data: Mapping) -> dict:
-        return _Whole.unwrap(data)
+        return {k: v.value if isinstance(v, _Whole) else v for k, v in data.items()}
 
 
 class ObjectiveUpdate:
@@ -72,11 +73,13 @@ class ObjectiveUpdate:
         ramped: terms whose weight rises linearly from 0 over ``ramp`` (shares of the run).
         clip_norm: gradient norm limit.
         autocast_dtype: ``"bfloat16"``, ``"float16"`` or None for float32.
+        batch_transform: applied to each batch on the device, such as MONAI's ``MixUpd`` (the paper's mixup).
     """
 
     def __init__(self, objective: Callable, loss_weights: Mapping[str, float] | None = None,
                  ramped: Sequence[str] = (), ramp: tuple[float, float] = (0.3, 0.5), clip_norm: float = 1.0,
-                 autocast_dtype: str | None = "bfloat16") -> None:
+                 autocast_dtype: str | None = "bfloat16", batch_transform: Callable | None = None) -> None:
+        self.batch_transform = batch_transform
         self.objective, self.loss_weights = objective, dict(loss_weights or {})
         self.ramped, self.ramp, self.clip_norm = tuple(ramped), ramp, clip_norm
         self.dtype = getattr(torch, autocast_dtype) if autocast_dtype else None
@@ -93,6 +96,8 @@ class ObjectiveUpdate:
         device = engine.state.device
         batch = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in
                  batchdata.items()}
+        if self.batch_transform is not None:
+            batch = self.batch_transform(batch)
         engine.network.train()
         engine.optimizer.zero_grad(set_to_none=True)
         progress = getattr(engine.state, "progress", 0.0)
@@ -143,11 +148,12 @@ class WallClockSchedule:
         warmup: share of the run with rising learning rate.
         final: learning rate at the end, as a share of the peak.
         restart_at: progress at which the schedule begins anew (a phase's change).
+        early_stop: the validator's :class:`EmaExport`, whose patience ends the run before its time.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, minutes: float | None = None, warmup: float = 0.03,
-                 final: float = 0.002, restart_at: float = 1.0) -> None:
-        self.restart_at = restart_at
+                 final: float = 0.002, restart_at: float = 1.0, early_stop: EmaExport | None = None) -> None:
+        self.restart_at, self.early_stop = restart_at, early_stop
         self.optimizer, self.minutes, self.warmup, self.final = optimizer, minutes, warmup, final
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         self.spent_s, self._last = 0.0, None
@@ -186,6 +192,9 @@ class WallClockSchedule:
         engine.state.progress = progress
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * self.factor(min(progress, 1.0))
+        if self.early_stop is not None and self.early_stop.exhausted:
+            logger.info("no better for %d validations: stopped early", self.early_stop.patience)
+            engine.terminate()
         if progress >= 1.0:
             logger.info("the %s minutes are over at epoch %d", self.minutes, engine.state.epoch)
             engine.terminate()
@@ -234,14 +243,19 @@ class EmaExport:
         network: module whose ``state_dict`` is exported (the averaged one).
         folder: ``model.pt`` is written here, atomically.
         metric: name in the validator's ``state.metrics``; lower is better.
-        patience: validations without improvement after which the trainer stops; None never stops early.
+        patience: validations without improvement after which :attr:`exhausted` is true; None for never.
     """
 
     def __init__(self, network: torch.nn.Module, folder: str | Path, metric: str = "dose_score",
-                 trainer: Engine | None = None, patience: int | None = None) -> None:
+                 patience: int | None = None) -> None:
         self.network, self.path, self.metric = network, Path(folder) / "model.pt", metric
-        self.trainer, self.patience = trainer, patience
+        self.patience = patience
         self.best, self.since = math.inf, 0
+
+    @property
+    def exhausted(self) -> bool:
+        """True when the patience is over."""
+        return self.patience is not None and self.since >= self.patience
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._check)
@@ -261,8 +275,6 @@ class EmaExport:
         else:
             self.since += 1
         logger.info("%s %.4f, best %.4f", self.metric, value, self.best)
-        if self.patience is not None and self.since >= self.patience and self.trainer is not None:
-            self.trainer.terminate()
 
 
 class HistoryWriter:

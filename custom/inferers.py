@@ -188,8 +188,10 @@ class DoseDiffusionInferer(Inferer):
         sw_batch_size: int = 1,
         autocast_dtype: str | None = None,
         progress: bool = False,
+        with_std: bool = False,
     ) -> None:
         super().__init__()
+        self.with_std = with_std
         if num_samples < 1:
             raise CaseError(f"inferer: num_samples {num_samples}; expected 1 or more")
         self.num_inference_steps = num_inference_steps
@@ -208,7 +210,9 @@ class DoseDiffusionInferer(Inferer):
         self.autocast_dtype = None if autocast_dtype is None else getattr(torch, autocast_dtype)
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """Mean of the samples ``(B, 1, X, Y, Z)`` for an image ``(B, C, X, Y, Z)``."""
+        """Mean of the samples ``(B, 1, X, Y, Z)`` for an image ``(B, C, X, Y, Z)``; ``with_std`` adds a second channel."""
+        if self.with_std:
+            return torch.cat(self.mean_and_std(inputs, network), dim=1)
         return self.sample(inputs, network).mean(dim=0)
 
     def mean_and_std(self, inputs: Tensor, network: nn.Module) -> tuple[Tensor, Tensor]:

@@ -170,7 +170,8 @@ class RoiTable:
         elif level is not None:
             name = f"{kind}_{level}"
         else:
-            name = "_".join([kind, *(w.capitalize() if len(w) > 2 else w for w in extra)])
+            spelt = {w.lower(): w for w in re.findall(r"[A-Za-z0-9.]+", _CAMEL.sub(" ", rest))}
+            name = "_".join([kind, *(spelt.get(w, w).replace(".", "_") for w in extra)])
         return RoiMatch(raw, name, helper, True, dose_gy, len(extra))
 
 

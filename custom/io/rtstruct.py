@@ -185,8 +185,8 @@ def _by_slice(roi: Roi, contours: Sequence[np.ndarray], notes: list[str]) -> tup
     elif off.max() > OFF_PLANE_SLICES:
         notes.append(f"{roi.name}: contours lie up to {off.max():.2f} slice distances off the CT slices")
     steps = np.diff(np.unique(slices))
-    if steps.size and np.median(steps) > 1:
-        notes.append(f"{roi.name}: drawn on every {int(np.median(steps))}th slice only, the slices between stay empty")
+    if steps.size and steps.min() > 1:
+        notes.append(f"{roi.name}: drawn on one slice in {steps.min()} only, the slices between stay empty")
     return [c for c, ok in zip(contours, keep) if ok], slices[keep]
 
 

@@ -40,11 +40,28 @@ class StableSiLU(nn.Module):
         return F.silu(x.clamp(-self.limit, self.limit))
 
 
+class ChannelNorm(nn.Module):
+    """Layer normalisation of every voxel over its channels, so that a crop and the whole volume are treated alike.
+
+    Args:
+        channels: channels of its input.
+        affine: whether it has a learned scale and shift.
+    """
+
+    def __init__(self, channels: int, affine: bool = True) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels, elementwise_affine=affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3)
+
+
 def make_norm(kind: str, channels: int, affine: bool = True) -> nn.Module:
     """Normalisation layer by name.
 
     Args:
-        kind: ``"instance"`` (one group a channel), ``"group"`` (groups of 8 channels or fewer) or ``"none"``.
+        kind: ``"instance"`` (one group a channel), ``"group"`` (groups of 8 channels or fewer), ``"channel"`` (each
+            voxel over its channels: no statistic depends on the field of view) or ``"none"``.
         channels: channels of its input.
         affine: whether it has a learned scale and shift of its own.
 
@@ -55,9 +72,11 @@ def make_norm(kind: str, channels: int, affine: bool = True) -> nn.Module:
         return nn.InstanceNorm3d(channels, affine=affine)
     if kind == "group":
         return nn.GroupNorm(max(channels // 8, 1) if channels % 8 == 0 else 1, channels, affine=affine)
+    if kind == "channel":
+        return ChannelNorm(channels, affine)
     if kind == "none":
         return nn.Identity()
-    raise CaseError(f"network: normalisation {kind!r}; expected 'instance', 'group' or 'none'")
+    raise CaseError(f"network: normalisation {kind!r}; expected 'instance', 'group', 'channel' or 'none'")
 
 
 def make_activation(kind: str) -> nn.Module:
