@@ -31,7 +31,8 @@ def test_organs(table, raw, name):
 
 @pytest.mark.parametrize(("raw", "name", "dose_gy"), [
     ("PTV70", "PTV_7000", 70), ("PTV_70", "PTV_7000", 70), ("PTV 50.4", "PTV_5040", 50.4),
-    ("PTV4140", "PTV_4140", 41.4), ("PTV_41.4", "PTV_4140", 41.4), ("PTV_7000", "PTV_7000", 70), ("PTV_48_6Gy", "PTV_4860", 48.6),
+    ("PTV4140", "PTV_4140", 41.4), ("PTV_41.4", "PTV_4140", 41.4), ("PTV_7000", "PTV_7000", 70),
+    ("PTV_48_6Gy", "PTV_4860", 48.6),
     ("PTV_70cf", "PTV_7000", 70), ("ptv 54 Gy", "PTV_5400", 54), ("PTV_Liver_2000x3", "PTV_6000", 60),
     ("PTV_1", "PTV_1", None), ("PTV_5", "PTV_5", None), ("PTV", "PTV", None), ("PTV_High", "PTV_High", None),
     ("PTVHigh", "PTV_High", None), ("GTV-1", "GTV_1", None), ("ctv 63", "CTV_6300", 63), ("gtv", "GTV", None),
