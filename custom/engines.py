@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, DiskSaver
 from monai.data import list_data_collate
+from monai.engines import Trainer
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys
 
@@ -203,36 +205,37 @@ class WallClockSchedule:
 class Resume:
     """Keep one checkpoint of everything a run needs and start from it when it is there.
 
+    A run that was stopped within an epoch repeats that epoch, with the weights it had.
+
     Args:
         folder: where ``checkpoint.pt`` lies; written atomically.
-        objects: name -> object with ``state_dict``; the trainer itself is added.
+        objects: name -> object with ``state_dict``; the epochs done are added.
         interval: iterations between checkpoints, besides the end of each epoch.
     """
 
-    def __init__(self, folder: str | Path, objects: Mapping[str, object], interval: int = 200) -> None:
+    def __init__(self, folder: str | Path, objects: Mapping[str, object], interval: int = 100) -> None:
         self.path = Path(folder) / "checkpoint.pt"
         self.objects, self.interval = dict(objects), interval
 
     def attach(self, engine: Engine) -> None:
-        self.objects["trainer"] = engine
         engine.add_event_handler(Events.STARTED, self._load)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
-        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self._save)
-        engine.add_event_handler(Events.TERMINATE, self._save)
+        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self._save, -1)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._save, 0)
+        engine.add_event_handler(Events.TERMINATE, self._save, -1)
 
     def _load(self, engine: Engine) -> None:
         if not self.path.is_file():
             return
         state = torch.load(self.path, map_location="cpu", weights_only=True)
-        Checkpoint.load_objects({k: v for k, v in self.objects.items() if k != "trainer"}, state)
-        # load_state_dict of a running engine is refused once it has begun; these are what it would set
-        engine.state.iteration = int(state["trainer"]["iteration"])
-        engine.state.epoch = engine.state.iteration // engine.state.epoch_length
-        logger.info("resumed from %s at epoch %d, iteration %d", self.path, engine.state.epoch, engine.state.iteration)
+        Checkpoint.load_objects(self.objects, {name: state[name] for name in self.objects})
+        # load_state_dict of an engine that has begun is refused; this is what it would set
+        engine.state.epoch = int(state["epochs"])
+        engine.state.iteration = engine.state.epoch * engine.state.epoch_length
+        logger.info("resumed from %s after epoch %d", self.path, engine.state.epoch)
 
-    def _save(self, engine: Engine) -> None:
-        state = {k: v.state_dict() for k, v in self.objects.items() if k != "trainer"}
-        state["trainer"] = {"iteration": engine.state.iteration}
+    def _save(self, engine: Engine, unfinished: int) -> None:
+        state = {name: value.state_dict() for name, value in self.objects.items()}
+        state["epochs"] = engine.state.epoch + unfinished
         DiskSaver(str(self.path.parent), create_dir=True, require_empty=False)(state, self.path.name)
 
 
@@ -278,43 +281,56 @@ class EmaExport:
 
 
 class HistoryWriter:
-    """Append one row an epoch (loss terms' means) or a validation (metrics) to a CSV; a resumed run appends.
+    """One CSV of every epoch's mean loss terms and every validation's metrics; rewritten whole, part of the checkpoint.
+
+    Attach the same object to the trainer and to the validator.
 
     Args:
         path: CSV with the columns epoch, minutes, name, value.
-        trainer: engine that tells epoch and progress; the engine attached to by default.
     """
 
-    def __init__(self, path: str | Path, trainer: Engine | None = None) -> None:
-        self.path, self.trainer = Path(path), trainer
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.rows: list[list] = []
         self.sums: dict[str, float] = {}
-        self.count, self.start = 0, time.monotonic()
+        self.count, self.epoch = 0, 0
+        self.start = time.monotonic()
 
     def attach(self, engine: Engine) -> None:
-        self.trainer = self.trainer or engine
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
-        engine.add_event_handler(Events.EPOCH_COMPLETED | Events.TERMINATE, self._write)
+        if isinstance(engine, Trainer):
+            engine.add_event_handler(Events.EPOCH_STARTED, self._begin)
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self._end)
+        else:
+            engine.add_event_handler(Events.EPOCH_COMPLETED, lambda e: self._write(
+                {name: value for name, value in e.state.metrics.items() if isinstance(value, float)}))
+
+    def state_dict(self) -> dict:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        self.rows = [list(row) for row in state["rows"]]
+        self.start = time.monotonic() - 60 * max((row[1] for row in self.rows), default=0.0)
+
+    def _begin(self, engine: Engine) -> None:
+        self.epoch, self.sums, self.count = engine.state.epoch, {}, 0
 
     def _add(self, engine: Engine) -> None:
-        if isinstance(engine.state.output, Mapping):
-            self.count += 1
-            for name, value in engine.state.output.items():
-                if isinstance(value, float):
-                    self.sums[name] = self.sums.get(name, 0.0) + value
+        self.count += 1
+        for name, value in engine.state.output.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
 
-    def _write(self, engine: Engine) -> None:
-        rows = {name: total / max(self.count, 1) for name, total in self.sums.items()}
-        rows |= {name: value for name, value in engine.state.metrics.items() if isinstance(value, float)}
-        self.sums, self.count = {}, 0
+    def _end(self, engine: Engine) -> None:
+        self._write({name: total / max(self.count, 1) for name, total in self.sums.items()})
+
+    def _write(self, values: Mapping[str, float]) -> None:
+        minutes = round((time.monotonic() - self.start) / 60, 2)
+        self.rows += [[self.epoch, minutes, name, float(f"{value:.6g}")] for name, value in values.items()]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = not self.path.exists()
-        with self.path.open("a", newline="") as stream:
-            writer = csv.writer(stream)
-            if new:
-                writer.writerow(["epoch", "minutes", "name", "value"])
-            minutes = (time.monotonic() - self.start) / 60
-            for name, value in rows.items():
-                writer.writerow([self.trainer.state.epoch, f"{minutes:.2f}", name, f"{value:.6g}"])
+        partial = self.path.with_suffix(".part")
+        with partial.open("w", newline="") as stream:
+            csv.writer(stream).writerows([["epoch", "minutes", "name", "value"], *self.rows])
+        os.replace(partial, self.path)
 
 
 class MetricsCollector:

@@ -1,0 +1,160 @@
+"""The bundle through MONAI's own runner, on synthetic patients: the commands that the README names."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+import torch
+from monai.bundle import ConfigParser, load, verify_net_in_out
+
+from custom.phantom import make_case, with_dose, write_study
+from custom.physics.fluence import plan_dose
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "bundle" / "configs"
+WEIGHTS = ROOT / "bundle" / "models" / "model.pt"
+needs_weights = pytest.mark.skipif(not WEIGHTS.is_file(), reason=f"no trained weights at {WEIGHTS}")
+
+
+def command(run_id: str, *overlays: str, **options) -> list[str]:
+    """The README's command line for a run."""
+    files = [str(CONFIGS / name) for name in ("inference.json", *overlays)]
+    config = files[0] if len(files) == 1 else str(files)
+    flags = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    return [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", config, *flags]
+
+
+def run(*args: str, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess:
+    env = {**os.environ, "OMP_NUM_THREADS": "2"}
+    return subprocess.run(command(*args, **options), cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory) -> Path:
+    """Four coarse synthetic patients with a planned dose, as DICOM: three head and neck, one lung."""
+    folder = tmp_path_factory.mktemp("studies")
+    for site, seed in (("HeadNeck", 3), ("HeadNeck", 4), ("HeadNeck", 5), ("Lung", 1)):
+        case = make_case(site, seed, shape=(48, 48, 24))
+        plan = plan_dose(case, beamlet_mm=10.0, iterations=15, normalise=True)
+        write_study(with_dose(case, plan.dose_gy), folder / f"{site}_{seed}", patient_id=f"{site}_{seed}", fluence=plan)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def inferred(studies, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("results")
+    done = run("inference", dataset_dir=studies / "HeadNeck_3", output_dir=out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (case,) = out.iterdir()
+    return case
+
+
+@needs_weights
+def test_inference_writes_every_result(inferred):
+    assert {path.name for path in inferred.iterdir()} == {"RTDOSE.dcm", "dose.nii.gz", "report.json", "report.html"}
+    report = json.loads((inferred / "report.json").read_text())
+    assert report["prescription_gy"] == {"PTV_7000": 70.0, "PTV_5600": 56.0}
+
+
+@needs_weights
+def test_rtdose_and_nifti_agree_in_patient_coordinates(inferred):
+    rtdose = pydicom.dcmread(inferred / "RTDOSE.dcm")
+    frames = rtdose.pixel_array * float(rtdose.DoseGridScaling)
+    nifti = nib.load(inferred / "dose.nii.gz")
+    volume, to_index = nifti.get_fdata(), np.linalg.inv(nifti.affine)
+    rng = np.random.default_rng(0)
+    for k, row, column in rng.integers(0, frames.shape, size=(200, 3)):
+        x, y, z = np.array(rtdose.ImagePositionPatient, dtype=float)
+        x += column * float(rtdose.PixelSpacing[1])
+        y += row * float(rtdose.PixelSpacing[0])
+        z += float(rtdose.GridFrameOffsetVector[k])
+        index = np.rint(to_index @ [-x, -y, z, 1])[:3].astype(int)
+        assert abs(frames[k, row, column] - volume[tuple(index)]) < 0.01
+
+
+@needs_weights
+def test_the_demo_case_gets_a_real_prediction(inferred, studies):
+    """The reference is the engine's own plan, on synthetic anatomy: within 6 Gy where it exceeds 5 Gy on average."""
+    volume = nib.load(inferred / "dose.nii.gz").get_fdata()
+    case = make_case("HeadNeck", 3, shape=(48, 48, 24))
+    reference = plan_dose(case, beamlet_mm=10.0, iterations=15, normalise=True).dose_gy
+    inside = reference > 5.0
+    assert np.abs(volume - reference)[inside].mean() < 6.0
+    assert not volume[~case.body].any()
+
+
+@needs_weights
+def test_evaluate_writes_the_scores(studies, tmp_path):
+    done = run("evaluate", "evaluate.json", dataset_dir=studies / "HeadNeck_4", output_dir=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert 0.0 < metrics["dose_score"] < 8.0 and metrics["dvh_score"] > 0.0
+    assert (tmp_path / "metrics.csv").is_file()
+
+
+def test_without_weights_nothing_is_predicted(studies, tmp_path):
+    done = run("inference", dataset_dir=studies / "HeadNeck_3", output_dir=tmp_path, weights=tmp_path / "none.pt")
+    assert done.returncode != 0
+    assert "no weights at" in done.stderr and "not trained" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@needs_weights
+def test_weights_fit_the_network_of_the_config():
+    net = load("bundle", bundle_dir=str(ROOT), workflow_type="inference", source="github", load_ts_module=False)
+    assert sum(p.numel() for p in net.parameters()) > 1e6
+
+
+def test_network_meets_the_declared_format():
+    verify_net_in_out("network_def", config_file=str(CONFIGS / "inference.json"),
+                      meta_file=str(CONFIGS / "metadata.json"), device="cpu", any=32)
+
+
+def test_metadata_names_the_channels_of_the_config():
+    parser = ConfigParser()
+    parser.read_config(str(CONFIGS / "inference.json"))
+    channels = parser.get_parsed_content("condition_channels")
+    declared = json.loads((CONFIGS / "metadata.json").read_text())["network_data_format"]["inputs"]["image"]
+    assert list(declared["channel_def"].values()) == channels and declared["num_channels"] == len(channels)
+
+
+def history(out: Path) -> list[dict[str, str]]:
+    with (out / "history.csv").open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_two_stage_training_survives_a_kill(studies, tmp_path):
+    """Both stages on synthetic cases; the second one is killed in the middle and goes on where it was."""
+    options = {"dataset_dir": studies, "validation_share": 0.2}
+    vae = tmp_path / "vae"
+    done = run("train_autoencoder", "train.json", "train_autoencoder.json", "smoke.json", output_dir=vae, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    out = tmp_path / "dose"
+    options |= {"cache_dir": vae / "cache", "vae_weights": vae / "model.pt", "output_dir": out, "val_interval": 1}
+    first = subprocess.Popen(command("train", "train.json", "smoke.json", **options), cwd=ROOT,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not (out / "checkpoint.pt").is_file() and time.monotonic() < deadline and first.poll() is None:
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert (out / "checkpoint.pt").is_file()
+    done = run("train", "train.json", "smoke.json", **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = history(out)
+    assert [int(row["epoch"]) for row in rows if row["name"] == "loss"] == [1, 2, 3, 4]
+    scores = [float(row["value"]) for row in rows if row["name"] == "dose_score"]
+    assert len(scores) == 4
+    state = torch.load(out / "model.pt", weights_only=True)
+    assert all(torch.isfinite(value).all() for value in state.values())
