@@ -14,7 +14,7 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, DiskSaver
 from monai.data import list_data_collate
-from monai.engines import Trainer
+from monai.engines import Evaluator, Trainer
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys
 
@@ -29,6 +29,7 @@ __all__ = [
     "PhasedObjective",
     "Resume",
     "Unwrapd",
+    "ValidateAtEnd",
     "WallClockSchedule",
     "WeightsLoader",
     "collate_cases",
@@ -280,6 +281,24 @@ class EmaExport:
         logger.info("%s %.4f, best %.4f", self.metric, value, self.best)
 
 
+class ValidateAtEnd:
+    """Validate once more when a run ends within an epoch, as one scheduled by wall clock does.
+
+    Args:
+        validator: MONAI evaluator.
+    """
+
+    def __init__(self, validator: Evaluator) -> None:
+        self.validator = validator
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.COMPLETED, self._validate)
+
+    def _validate(self, engine: Engine) -> None:
+        if engine.state.iteration % engine.state.epoch_length:
+            self.validator.run(engine.state.epoch)
+
+
 class HistoryWriter:
     """One CSV of every epoch's mean loss terms and every validation's metrics; rewritten whole, part of the checkpoint.
 
@@ -325,7 +344,7 @@ class HistoryWriter:
 
     def _write(self, values: Mapping[str, float]) -> None:
         minutes = round((time.monotonic() - self.start) / 60, 2)
-        self.rows += [[self.epoch, minutes, name, float(f"{value:.6g}")] for name, value in values.items()]
+        self.rows += [[self.epoch, minutes, str(name), float(f"{value:.6g}")] for name, value in values.items()]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".part")
         with partial.open("w", newline="") as stream:
