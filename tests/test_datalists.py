@@ -1,0 +1,90 @@
+"""Which cases go where: by OpenKBP's folders, or by a hash that adding cases does not change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from custom import datalists
+from custom.case import CaseError
+from custom.datalists import bundle_root, list_cases, prepare, split_cases
+
+
+def openkbp(root: Path, *folders: str) -> Path:
+    """Empty OpenKBP patients: what makes a folder one is which files it holds."""
+    for folder in folders:
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for name in ("possible_dose_mask.csv", "voxel_dimensions.csv"):
+            (root / folder / name).write_text("")
+    return root
+
+
+def names(cases) -> list[str]:
+    return [Path(case["image"]).name for case in cases]
+
+
+def test_openkbps_folders_decide(tmp_path):
+    openkbp(tmp_path, "provided-data/train-pats/pt_1", "provided-data/train-pats/pt_2",
+            "provided-data/validation-pats/pt_201", "provided-data/test-pats/pt_241")
+    assert names(split_cases(tmp_path, "train")) == ["pt_1", "pt_2"]
+    assert names(split_cases(tmp_path, "validation")) == ["pt_201"]
+    assert names(split_cases(tmp_path, "train", limit=1)) == ["pt_1"]
+    assert names(list_cases(tmp_path)) == ["pt_241", "pt_1", "pt_2", "pt_201"]
+    assert all(set(case) == {"image"} and Path(case["image"]).is_dir() for case in list_cases(tmp_path))
+
+
+def test_hash_splits_without_overlap_and_stays_when_cases_are_added(tmp_path):
+    openkbp(tmp_path, *(f"case_{n:03d}" for n in range(60)))
+    train, validation = (set(names(split_cases(tmp_path, part))) for part in ("train", "validation"))
+    assert len(train) + len(validation) == 60 and not train & validation and 3 <= len(validation) <= 18
+    openkbp(tmp_path, *(f"added_{n:03d}" for n in range(60)))
+    more_train, more_validation = (set(names(split_cases(tmp_path, part))) for part in ("train", "validation"))
+    assert train < more_train and validation < more_validation
+    half = names(split_cases(tmp_path, "validation", validation_share=0.5))
+    assert validation < set(half) and 40 <= len(half) <= 80
+
+
+@pytest.mark.parametrize(("folders", "part"), [
+    (["train-pats/pt_1"], "validation"), (["validation-pats/pt_201"], "train"), (["one"], None),
+])
+def test_empty_part_is_an_error(tmp_path, folders, part):
+    openkbp(tmp_path, *folders)
+    for name in [part] if part else ["train", "validation"]:
+        try:
+            found = split_cases(tmp_path, name)
+        except CaseError as error:
+            assert f"found 1 cases but none for {name}" in str(error) and "train-pats" in str(error)
+        else:
+            assert part is None and len(found) == 1  # the only case is in one of the parts
+    if part is None:
+        with pytest.raises(CaseError, match="none for train"):
+            split_cases(tmp_path, "train", validation_share=1.0)
+
+
+def test_missing_and_empty_folders_are_named(tmp_path):
+    with pytest.raises(CaseError, match="nowhere: there is no such file or folder"):
+        split_cases(tmp_path / "nowhere", "train")
+    with pytest.raises(CaseError, match="no case found"):
+        list_cases(tmp_path)
+
+
+def test_bundle_root_in_the_repository_and_in_an_assembled_bundle(tmp_path, monkeypatch):
+    assert (Path(bundle_root()) / "configs" / "metadata.json").is_file()
+    (tmp_path / "custom").mkdir()
+    monkeypatch.setattr(datalists, "__file__", str(tmp_path / "custom" / "datalists.py"))
+    assert bundle_root() == str(tmp_path / "bundle")
+    (tmp_path / "configs").mkdir()
+    assert bundle_root() == str(tmp_path)
+
+
+def test_prepare_reads_every_case_once():
+    read = []
+
+    class Cases(list):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    prepare([Cases("abc"), Cases("d")], num_workers=0)
+    assert read == [0, 1, 2, 0]
