@@ -25,6 +25,7 @@ from custom.engines import (
     PhasedObjective,
     Resume,
     Unwrapd,
+    ValidateAtEnd,
     WallClockSchedule,
     WeightsLoader,
     collate_cases,
@@ -347,6 +348,18 @@ def test_best_averaged_weights_are_exported_and_patience_ends(tmp_path, optimize
     again = EmaExport(network, tmp_path)  # without patience
     again.load_state_dict(export.state_dict())
     assert (again.best, again.since, again.exhausted) == (2.0, 2, False)
+
+
+@pytest.mark.parametrize(("minutes", "validated"), [(1.3, [2]), (100.0, [])], ids=["within an epoch", "at its end"])
+def test_run_ended_by_the_clock_is_validated_once_more(optimizer, monkeypatch, minutes, validated):
+    """12 s a step, four steps an epoch: 78 s are over within the second epoch."""
+    seconds, epochs = count(0.0, 12.0), []
+    monkeypatch.setattr(engines, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    trainer = Engine(lambda engine, batch: None)
+    ValidateAtEnd(SimpleNamespace(run=epochs.append)).attach(trainer)
+    WallClockSchedule(optimizer, minutes=minutes).attach(trainer)
+    trainer.run(range(4), max_epochs=3)
+    assert epochs == validated
 
 
 def test_history_has_the_means_of_each_epoch_and_each_validation(tmp_path):
