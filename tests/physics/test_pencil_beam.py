@@ -103,6 +103,36 @@ def test_gantry_tells_where_the_beam_enters(cube, gantry, enters_from):
     assert direction.beam_eye_view(index)[2] == pytest.approx([900, 1100], abs=3)
 
 
+def test_beams_eye_view_has_the_patients_sides(cube):
+    """IEC X is the patient's left from the front, posterior from the left; IEC Y superior. Both at the isocentre."""
+    point = np.rint(cube.to_index(np.array([[40.0, 20.0, 30.0]]))).astype(int)
+    x, y, z = cube.to_world(point)[0]
+    for gantry, across, towards in ((0, x, -y), (90, y, x), (180, -x, y), (270, -y, -x)):
+        direction = Direction(water(cube), cube, gantry, (0, 0, 0), box(cube, (20, 20, 20)), 10.0)
+        u, w, t = direction.beam_eye_view(tuple(point.T))
+        assert t == pytest.approx(1000 - towards)
+        assert u == pytest.approx(across * 1000 / t, abs=1e-3) and w == pytest.approx(z * 1000 / t, abs=1e-3)
+
+
+def test_narrow_field_loses_dose_and_sharpness_in_lung(cube):
+    """Without side scatter's equilibrium, lung gets less than its radiological depth tells, and a wider penumbra."""
+    _, y, _ = places(cube)
+    profiles, axis = [], []
+    for density in (1.0, 0.25):
+        medium = water(cube)
+        medium[(y > -100) & (y < 60)] *= density
+        direction = Direction(medium, cube, 0.0, (2.5, 0, 2.5), box(cube, (20, 20, 20), (2.5, 0, 2.5)))
+        fluence = open_square(direction, 20.0)
+        x = np.arange(26, 34), np.full(8, 34), np.full(8, 15)
+        profile = direction.field(x).forward(fluence)
+        axis.append(direction.field(tuple(a[-1:] for a in x)).forward(fluence)[0])
+        axis[-1] /= depth_terms(direction.radiological_depth(tuple(a[-1:] for a in x)))[0][0]
+        profiles.append(profile / profile[-1])
+    assert axis[1] < 0.97 * axis[0]  # relative to the primary dose there
+    edges = [np.interp((0.2, 0.8), profile, cube.axes_mm()[0][26:34]) for profile in profiles]
+    assert np.ptp(edges[1]) > np.ptp(edges[0]) + 1.0
+
+
 def test_water_cylinder_looks_the_same_from_everywhere():
     grid = Grid.axis_aligned((61, 61, 9), (4, 4, 8), (-120, -120, -32))
     x, y, z = places(grid)

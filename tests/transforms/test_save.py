@@ -143,6 +143,22 @@ def test_dose_on_another_grid(data, tmp_path, dose_grid):
     np.testing.assert_allclose(sampled_dicom(folder / "RTDOSE.dcm", points), truth, atol=0.01)
 
 
+def test_voxel_size_of_an_oblique_grid(data, tmp_path):
+    """Sagittal slices of 2 x 3 mm, 5 mm apart: what is asked for holds along the grid's own axes."""
+    affine = np.eye(4)
+    affine[:3, :3] = np.array([[0.0, 0, 5], [2, 0, 0], [0, 3, 0]])
+    grid, inside = Grid((21, 17, 9), affine), np.ones((21, 17, 9), bool)
+    case = dataclasses.replace(data["case"], grid=grid, ct_hu=None, dose_gy=None,
+                               masks={"Body": inside, "PTV": inside}, prescription_gy={"PTV": 60.0})
+    dose = grid.to_world(np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), -1)) @ (0.2, 0.3, 0.1)
+    SaveImageRTDosed(output_dir=tmp_path, dose_grid=4.0, files=["nifti"])(
+        {"case": case, "pred": torch.from_numpy(dose.astype(np.float32))[None]})
+    image = nib.load(tmp_path / case.name / "dose.nii.gz")
+    assert image.header.get_zooms() == pytest.approx((4, 4, 4)) and image.shape == (11, 13, 11)
+    points = nib.affines.apply_affine(image.affine, np.argwhere(np.ones(image.shape))) * (-1, -1, 1)
+    np.testing.assert_allclose(image.get_fdata().ravel(), points @ (0.2, 0.3, 0.1), atol=1e-3)
+
+
 def test_plan_grid_falls_back_to_the_ct(data, tmp_path):
     case = dataclasses.replace(data["case"], dose_grid=None)
     SaveImageRTDosed(output_dir=tmp_path, dose_grid="plan", files=["nifti"])({"case": case, "pred": data["pred"]})
