@@ -15,6 +15,7 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, SaveImaged
+from scipy import ndimage
 
 from custom.case import Case, CaseError, DoseScale, Grid, Keys, resample
 from custom.io.nifti import write_nifti
@@ -49,7 +50,7 @@ class RestoreDosed(MapTransform):
             if not np.isfinite(volumes).all():
                 raise CaseError(f"case {case.name}: the network gave values that are not finite; expected a dose. "
                                 "Check the weights and the input's range")
-            restored = [_restore(volume, work.grid, case) for volume in volumes]
+            restored = [_restore(volume, work, case) for volume in volumes]
             affine = torch.as_tensor(case.grid.ras_affine)
             out[key] = MetaTensor(torch.from_numpy(restored[0][None]), affine=affine)
             if len(restored) > 1:
@@ -57,9 +58,12 @@ class RestoreDosed(MapTransform):
         return out
 
 
-def _restore(fraction: np.ndarray, grid: Grid, case: Case) -> np.ndarray:
-    dose_gy = DoseScale(case.highest_prescription_gy).to_gy(np.maximum(fraction, 0.0))
-    return np.where(case.body, resample(dose_gy, grid, case.grid), np.float32(0.0))
+def _restore(fraction: np.ndarray, work: Case, case: Case) -> np.ndarray:
+    """Voxels at the skin are interpolated from inside the body only, as the network's values outside mean nothing."""
+    nearest = ndimage.distance_transform_edt(~work.body, sampling=work.grid.spacing_mm, return_distances=False,
+                                             return_indices=True)
+    dose_gy = DoseScale(case.highest_prescription_gy).to_gy(np.maximum(fraction[tuple(nearest)], 0.0))
+    return np.where(case.body, resample(dose_gy, work.grid, case.grid), np.float32(0.0))
 
 
 class CaseMetricsd(MapTransform):

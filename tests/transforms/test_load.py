@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from custom.case import Beam, Case, CaseError, Grid
@@ -133,7 +134,8 @@ def test_smooth_dose_survives_the_round_trip(name):
     assert found.shape == (1, *case.grid.shape) and "pred_std" not in data
     np.testing.assert_allclose(np.asarray(found.affine), case.grid.ras_affine)
     error = np.abs(found[0].numpy() - case.dose_gy)
-    assert np.abs(error[case.body]).max() < 1.0 and error[case.body].mean() < 0.3
+    deep = ndimage.binary_erosion(case.body, iterations=3)  # the skin takes its dose from the voxels inside
+    assert error[deep].max() < 1.0 and error[case.body].max() < 4.0 and error[case.body].mean() < 0.3
     assert (found[0].numpy()[~case.body] == 0).all()
     centroid = (np.stack(np.nonzero(case.body)) * found[0].numpy()[case.body]).sum(1) / found.sum().item()
     wanted = (np.stack(np.nonzero(case.body)) * case.dose_gy[case.body]).sum(1) / case.dose_gy[case.body].sum()
@@ -157,6 +159,15 @@ def test_restored_dose_is_clean_and_samples_give_a_deviation():
     assert deviation[case.body] == pytest.approx(6.0, abs=1e-4) and (deviation[~case.body] == 0).all()
     with pytest.raises(CaseError, match="drawn.*not finite.*weights"):
         RestoreDosed()({**data, "pred": fraction[None] * np.nan})
+
+
+@pytest.mark.parametrize("outside", [0.0, 3.0])
+def test_skin_dose_does_not_depend_on_what_lies_outside(fine, outside):
+    """What a network says of the air around the patient must not leak into the skin by interpolation."""
+    data = WorkingGridd(spacing_mm=SPACING, finest_mm=FINEST)({"case": fine})
+    data["pred"] = torch.from_numpy(np.where(data["work"].body, 0.5, outside).astype(np.float32))[None]
+    found = RestoreDosed()(data)["pred"][0].numpy()
+    np.testing.assert_allclose(found, 30.0 * fine.body, atol=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------------ reading
