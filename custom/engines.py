@@ -311,8 +311,8 @@ class HistoryWriter:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.rows: list[list] = []
-        self.sums: dict[str, float] = {}
-        self.count, self.epoch = 0, 0
+        self.terms: dict[str, list[float]] = {}
+        self.epoch = 0
         self.start = time.monotonic()
 
     def attach(self, engine: Engine) -> None:
@@ -332,15 +332,14 @@ class HistoryWriter:
         self.start = time.monotonic() - 60 * max((row[1] for row in self.rows), default=0.0)
 
     def _begin(self, engine: Engine) -> None:
-        self.epoch, self.sums, self.count = engine.state.epoch, {}, 0
+        self.epoch, self.terms = engine.state.epoch, {}
 
     def _add(self, engine: Engine) -> None:
-        self.count += 1
         for name, value in engine.state.output.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.terms.setdefault(name, []).append(value)
 
     def _end(self, engine: Engine) -> None:
-        self._write({name: total / max(self.count, 1) for name, total in self.sums.items()})
+        self._write({name: sum(values) / len(values) for name, values in self.terms.items()})
 
     def _write(self, values: Mapping[str, float]) -> None:
         minutes = round((time.monotonic() - self.start) / 60, 2)
