@@ -210,7 +210,7 @@ class DoseDiffusionInferer(Inferer):
         self.autocast_dtype = None if autocast_dtype is None else getattr(torch, autocast_dtype)
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """Mean of the samples ``(B, 1, X, Y, Z)`` for an image ``(B, C, X, Y, Z)``; ``with_std`` adds a second channel."""
+        """Mean of the samples ``(B, 1, X, Y, Z)`` of an image ``(B, C, X, Y, Z)``; ``with_std`` adds their spread."""
         if self.with_std:
             return torch.cat(self.mean_and_std(inputs, network), dim=1)
         return self.sample(inputs, network).mean(dim=0)

@@ -15,7 +15,8 @@ def make(site="HeadNeck", technique="IMRT", gy=70.0) -> Case:
     target[3:6, 3:6, 3:6] = True
     beams = tuple(Beam(f"{a}", (float(a),), (0.0, 0.0, 0.0)) for a in range(0, 360, 40))
     masks = {BODY: np.ones(shape, dtype=bool), "PTV_7000": target}
-    return Case("c", Grid.axis_aligned(shape, (10.0, 10.0, 10.0)), None, masks, {"PTV_7000": gy}, beams, technique, site)
+    grid = Grid.axis_aligned(shape, (10.0, 10.0, 10.0))
+    return Case("c", grid, None, masks, {"PTV_7000": gy}, beams, technique, site)
 
 
 CHECK = PlausibilityWarningsd(sites=["HeadNeck"], techniques=["IMRT"], prescription_gy=[69, 71], directions=[9, 9],
