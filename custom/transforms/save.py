@@ -86,8 +86,8 @@ class CaseMetricsd(MapTransform):
 class SaveImageRTDosed(SaveImaged):
     """Write a case's results to ``<output_dir>/<case>/``, each file whole or not at all.
 
-    ``dose.nii.gz``, ``report.json``, ``report.html``, and ``RTDOSE.dcm`` for DICOM and GDP-HMM input or ``dose.csv``
-    besides for OpenKBP input; ``dose_std.nii.gz`` where there are samples. A subclass of SaveImaged with "SaveImage" in
+    ``RTDOSE.dcm``, ``dose.nii.gz``, ``report.json`` and ``report.html``; for OpenKBP input ``dose.csv`` besides;
+    ``dose_std.nii.gz`` where there are samples. A subclass of SaveImaged with "SaveImage" in
     its name, so that MONAI Label and MONAI Deploy leave it out of their pipelines.
 
     Args:
