@@ -11,7 +11,7 @@ __all__ = ["signed_distance_mm"]
 def signed_distance_mm(mask: np.ndarray, spacing_mm, reach_mm: float | None = None) -> np.ndarray:
     """Physical signed distance map (PSDM of DoseDiff, eq. 8 and 9, with the spacing squared as its code does).
 
-    Half of the smallest voxel edge is taken off on both sides, so that a structure and its complement are treated alike.
+    Half of the smallest voxel edge is taken off each side, so that a structure and its complement are treated alike.
     For cubic voxels that puts the zero level midway between the centres on either side of the surface; for anisotropic
     ones it is up to half of the longest less half of the shortest edge off.
 
