@@ -16,7 +16,7 @@ LAYERS = (
     {"case"},
     {"rois"},
     {"io", "geometry", "dosimetry", "physics", "networks"},
-    {"losses", "metrics", "report", "phantom"},
+    {"losses", "metrics", "protocol", "report", "phantom"},
     {"transforms", "objectives", "inferers", "engines", "datalists"},
     {"release"},
 )
