@@ -25,7 +25,8 @@ __all__ = ["FAILED", "NOT_APPLICABLE", "PASSED", "Constraint", "Verdict", "check
 PASSED, FAILED, NOT_APPLICABLE = "passed", "failed", "not_applicable"
 ANY_SITE = "any"
 REQUIRED = {"structure", "metric", "direction", "limit", "weight", "site", "source"}
-OPTIONAL = {"any_of", "note"}
+OPTIONAL = {"any_of", "note", "plan_weight"}
+NUMBERS = {"limit", "weight", "plan_weight"}
 _SHARE = re.compile(r"^(\d+(?:\.\d+)?)%Rx$")
 
 
@@ -44,6 +45,7 @@ class Constraint:
         source: where the limit stands.
         any_of: rows with the same text here are met when one of them is ("at least one side").
         note: what a reader should know, such as that the source is not legible.
+        plan_weight: weight of an objective at this limit in the plan prior (``custom.physics.limits``); 0 for none.
         line: line in the file.
     """
 
@@ -57,6 +59,7 @@ class Constraint:
     source: str
     any_of: str = ""
     note: str = ""
+    plan_weight: float = 0.0
     line: int = 0
 
     def limit_for(self, prescription_gy: float) -> float:
@@ -209,8 +212,8 @@ def _parse_row(row: object, line: int, path: Path) -> Constraint:
             raise CaseError(f"missing {sorted(missing)}")
         if unknown := row.keys() - REQUIRED - OPTIONAL:
             raise CaseError(f"unknown {sorted(unknown)}; expected {sorted(REQUIRED | OPTIONAL)}")
-        if not all(isinstance(row[key], str) for key in row if key not in ("limit", "weight")):
-            raise CaseError("only 'limit' and 'weight' may be numbers, the rest are texts")
+        if not all(isinstance(row[key], str) for key in row.keys() - NUMBERS):
+            raise CaseError(f"only {sorted(NUMBERS)} may be numbers, the rest are texts")
         metric = parse_metric(row["metric"])
         check_structure(row["structure"])
         if row["direction"] not in ("<=", ">="):
@@ -219,12 +222,21 @@ def _parse_row(row: object, line: int, path: Path) -> Constraint:
         weight = row["weight"]
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= 1:
             raise CaseError(f"weight {weight!r}; expected a number from 0 to 1")
+        plan_weight = row.get("plan_weight", 0)
+        if isinstance(plan_weight, bool) or not isinstance(plan_weight, (int, float)) or not 0 <= plan_weight < 1e6:
+            raise CaseError(f"plan_weight {plan_weight!r}; expected a number of at least 0, about 1 to 300")
     except CaseError as error:
         raise CaseError(f"{path}, line {line}: {error}") from None
-    texts = {key: row[key] for key in ("structure", "site", "source")} | {k: row[k] for k in OPTIONAL & row.keys()}
-    at_most = row["direction"] == "<="
+    texts = {key: row[key] for key in ("structure", "site", "source", "any_of", "note") if key in row}
     return Constraint(
-        metric=metric, at_most=at_most, limit=limit, limit_is_share=is_share, weight=float(weight), line=line, **texts
+        metric=metric,
+        at_most=row["direction"] == "<=",
+        limit=limit,
+        limit_is_share=is_share,
+        weight=float(weight),
+        plan_weight=float(plan_weight),
+        line=line,
+        **texts,
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from scipy import ndimage, optimize
 
 from custom.case import BODY, Case, CaseError
+from custom.physics.limits import follow, own_objectives, read_protocol
 from custom.physics.pencil_beam import Direction, Field, density_from_hu
 
 __all__ = ["BeamModel", "Objective", "Plan", "load_objectives", "mimic_dose", "plan_dose"]
@@ -67,16 +68,24 @@ class Plan:
     gantry_deg: list[float]
 
 
-def load_objectives(path: str | Path | None = None) -> tuple[Objective, ...]:
-    """Read the planning objectives, one JSON object a row.
+def load_objectives(path: str | Path | None = None, constraints: str | Path | None = None) -> tuple[Objective, ...]:
+    """Read the planning objectives, one JSON object a row, and let them follow the protocol's limits.
+
+    Args:
+        path: a file like ``configs/plan_objectives.json``, which is the default.
+        constraints: the protocol whose limits the rows follow (:mod:`custom.physics.limits`); by default the
+            ``constraints.json`` beside the objectives, where there is one.
 
     Raises:
         CaseError: a row that cannot be read; names the file and the row.
     """
     path = Path(path) if path else objectives_path()
+    beside = path.parent / "constraints.json"
+    protocol = read_protocol(constraints or beside) if constraints or beside.is_file() else []
     try:
         rows = json.loads(path.read_text())["objectives"]
-        found = tuple(Objective(**row) for row in rows)
+        found = tuple(Objective(**follow(row, protocol)) for row in rows)
+        found += tuple(Objective(**row) for row in own_objectives(protocol))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CaseError(f"{path}: expected {{'objectives': [rows of {Objective.__name__}]}}, found: {error}") from error
     for number, row in enumerate(found, 1):
@@ -199,7 +208,7 @@ def _regions(case: Case, objectives: Sequence[Objective]) -> dict[str, np.ndarra
     tissue = case.body & ~target
     distance = _distance_to(target, case.grid.spacing_mm, reach_mm=34.0)
     regions = {roi: case.masks[roi] for roi in case.targets}
-    named = {row.structure for row in objectives}
+    named = dict.fromkeys(row.structure for row in objectives)  # in this order: the voxel sample is drawn by region
     regions |= {roi: case.masks[roi] & case.body for roi in named if roi in case.masks and roi != BODY}
     regions[RING] = tissue & (distance > 4.0) & (distance <= 30.0)
     regions[BODY] = tissue

@@ -34,7 +34,8 @@ def test_round_trip(site):
         assert np.array_equal(found.masks[roi], case.masks[roi]), roi
     assert {roi for roi in case.masks if f"sdm_{roi}" in SPATIAL} <= set(found.masks)
     for name in found.prescription_gy:
-        same = [roi for roi, gy in case.prescription_gy.items() if gy == pytest.approx(found.prescription_gy[name], 1e-3)]
+        own_gy = pytest.approx(found.prescription_gy[name], 1e-3)
+        same = [roi for roi, gy in case.prescription_gy.items() if gy == own_gy]
         assert np.array_equal(found.masks[name], np.logical_or.reduce([case.masks[roi] for roi in same])), name
 
 
