@@ -1,11 +1,13 @@
-"""Signed distance maps of structures, in mm, positive inside."""
+"""Signed distance maps of structures, positive inside: in mm, and in the forms that DoseDiff compares."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 from scipy import ndimage
 
-__all__ = ["signed_distance_mm"]
+__all__ = ["DISTANCE_FORMS", "isdm", "psdm", "signed_distance_mm", "structure_mask", "tsbdm"]
 
 
 def signed_distance_mm(mask: np.ndarray, spacing_mm, reach_mm: float | None = None) -> np.ndarray:
@@ -43,3 +45,54 @@ def signed_distance_mm(mask: np.ndarray, spacing_mm, reach_mm: float | None = No
     out = np.full(mask.shape, -np.inf if reach_mm is None else -reach_mm, dtype=np.float32)
     out[box] = signed if reach_mm is None else np.clip(signed, -reach_mm, reach_mm)
     return out
+
+
+def psdm(mask: np.ndarray, spacing_mm) -> np.ndarray:
+    """Physical signed distance map in decimetres (mm / 100), DoseDiff's own form (eq. 9 in physical space).
+
+    The paper's text multiplies the squared index offset by the spacing; here, as in its code, offset times spacing is
+    squared, which is the distance in space.
+    """
+    return signed_distance_mm(mask, spacing_mm) / 100.0
+
+
+def isdm(mask: np.ndarray, spacing_mm=None) -> np.ndarray:
+    """Signed distance in image space: voxels / 100 (eq. 9; the paper's section III-D divides by 100).
+
+    Args:
+        mask: boolean ``[i, j, k]``, not empty.
+        spacing_mm: not used; every edge of a voxel counts 1.
+    """
+    return signed_distance_mm(mask, (1.0, 1.0, 1.0)) / 100.0
+
+
+def tsbdm(mask: np.ndarray, spacing_mm=None) -> np.ndarray:
+    """Transformed signed boundary distance map: large inside, falling to zero outside, scaled by the structure itself.
+
+    The form of Yue et al. (Radiother Oncol 170, 2022) as DoseDiff describes it: distances in voxels, an instance-wise
+    normalisation, voxel values large inside the structure that decrease to zero outside. *Inferred*: the formula, which
+    neither our sources nor DoseDiff's text gives. With d the distance in voxels and m its maximum inside, it is
+    ``1 + d / m`` inside and ``exp(-|d| / m)`` outside, which meet at 1 on the surface.
+
+    Args:
+        mask: boolean ``[i, j, k]``, not empty.
+        spacing_mm: not used.
+    """
+    distance = signed_distance_mm(mask, (1.0, 1.0, 1.0))
+    deepest = float(distance.max())
+    return np.where(mask, 1.0 + distance / deepest, np.exp(np.minimum(distance, 0.0) / deepest)).astype(np.float32)
+
+
+def structure_mask(mask: np.ndarray, spacing_mm=None) -> np.ndarray:
+    """The plain mask, 0 or 1, for comparison."""
+    return mask.astype(np.float32)
+
+
+# Form by name -> map of a structure that is there, and the value that stands for "absent": 50 cm (or 500 voxels)
+# outside for the signed forms, zero for those in which zero already means far outside.
+DISTANCE_FORMS: dict[str, tuple[Callable[..., np.ndarray], float]] = {
+    "psdm": (psdm, -5.0),
+    "isdm": (isdm, -5.0),
+    "tsbdm": (tsbdm, 0.0),
+    "mask": (structure_mask, 0.0),
+}

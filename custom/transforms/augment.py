@@ -9,6 +9,7 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform, RandomizableTransform
 
 from custom.case import Keys
+from custom.geometry.distance import DISTANCE_FORMS
 from custom.transforms.condition import ABSENT_DISTANCE, CONTEXT
 
 __all__ = ["RandDropConditionsd", "RandMirrord", "mirror_order"]
@@ -59,7 +60,7 @@ class RandDropConditionsd(RandomizableTransform, MapTransform):
         keys: the image.
         spatial_channels, context_channels: names of its channels and of the context's.
         ct_prob: probability that the CT goes.
-        organ_prob: probability for each organ that its distance map goes.
+        organ_prob: probability for each organ that its distance map (``sdm_``, or DoseDiff's forms) and mask go.
     """
 
     def __init__(self, keys: KeysCollection, spatial_channels: Sequence[str], context_channels: Sequence[str],
@@ -68,12 +69,17 @@ class RandDropConditionsd(RandomizableTransform, MapTransform):
         RandomizableTransform.__init__(self, 1.0)
         self.ct_prob, self.organ_prob = ct_prob, organ_prob
         self.spatial, self.context = list(spatial_channels), list(context_channels)
-        self.organs = [n[4:] for n in self.spatial if n.startswith("sdm_") and not n.startswith("sdm_target_")]
+        forms = {"sdm": ABSENT_DISTANCE, **{form: absent for form, (_, absent) in DISTANCE_FORMS.items()}}
+        self.organs: dict[str, list[tuple[str, float]]] = {}  # organ -> its channels, and what they hold without it
+        for name in self.spatial:
+            form, _, organ = name.partition("_")
+            if form in forms and not organ.startswith("target_"):
+                self.organs.setdefault(organ, []).append((name, forms[form]))
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
         out = dict(data)
         drop = [organ for organ in self.organs if self.R.random() < self.organ_prob]
-        changes = [(f"sdm_{organ}", f"has_{organ}", ABSENT_DISTANCE) for organ in drop]
+        changes = [(name, f"has_{organ}", absent) for organ in drop for name, absent in self.organs[organ]]
         if self.R.random() < self.ct_prob:
             changes.append(("ct", "has_ct", 0.0))
         if not changes:

@@ -16,6 +16,7 @@ from custom.geometry.distance import signed_distance_mm
 from custom.metrics import DoseScore
 from custom.physics.fluence import BeamModel, load_objectives, plan_dose
 from custom.physics.open_field import open_field_dose
+from custom.transforms.distance_channels import DISTANCE_BUILDERS
 
 __all__ = ["AppendContextd", "ConditionChannelsd", "PackLabeld", "ReconstructionTargetd",
            "TrainingTensorsd"]
@@ -127,6 +128,8 @@ BUILDERS: dict[str, Callable[[Conditions, str], np.ndarray | float]] = {
     "prescription_level": lambda c, _: c.case.highest_prescription_gy / 70.0,
     "spacing_": _spacing,
 }
+# before the rest: a name is matched to the first prefix that fits, and "mask_target_" is also a "mask_"
+BUILDERS = {**DISTANCE_BUILDERS, **BUILDERS}
 
 
 class ConditionChannelsd(MapTransform):

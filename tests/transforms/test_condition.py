@@ -51,7 +51,8 @@ def conditions() -> Conditions:
 
 # ------------------------------------------------------------------------------------------------------ builders
 SPATIAL = ["ct", "body", "prescription", "plan_prior", "beam_high", "beam_mid", "beam_low", "mask_Parotid_L",
-           "sdm_target_high", "sdm_target_mid", "sdm_target_low", "sdm_Parotid_L"]
+           "sdm_target_high", "sdm_target_mid", "sdm_target_low", "sdm_Parotid_L",
+           *(f"{form}_{roi}" for form in ("psdm", "isdm", "tsbdm", "mask") for roi in ("target_high", "Parotid_L"))]
 CONTEXT = ["has_ct", "has_target_mid", "has_Parotid_L", "is_vmat", "is_lung", "prescription_level", "spacing_x"]
 
 
