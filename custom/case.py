@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-__all__ = ["BODY", "Beam", "Case", "CaseError", "DoseScale", "Grid", "Keys", "Site", "Technique", "resample"]
+__all__ = [
+    "BODY", "Beam", "Case", "CaseError", "DoseScale", "Grid", "Keys", "OutputError", "Site", "Technique", "resample",
+]
 
 BODY = "Body"
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -25,6 +27,10 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 class CaseError(ValueError):
     """Input that cannot be used: the message says what was found, what was expected and what to do."""
+
+
+class OutputError(CaseError):
+    """Results that cannot be written, a full disk or a folder without the right to write: no case can be done."""
 
 
 class Keys:

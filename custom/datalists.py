@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,10 +14,13 @@ from tqdm import tqdm
 
 from custom.case import CaseError, Keys
 from custom.io import find_cases
+from custom.io.course import case_name
 
 __all__ = ["bundle_root", "list_cases", "prepare", "split_cases"]
 
 logger = logging.getLogger(__name__)
+
+CASE_NAME = "case_name"
 
 
 def bundle_root() -> str:
@@ -24,9 +29,51 @@ def bundle_root() -> str:
     return str(here if (here / "configs").is_dir() else here / "bundle")
 
 
-def list_cases(dataset_dir: str | Path) -> list[dict[str, str]]:
-    """All cases below ``dataset_dir`` as ``{"image": path}``."""
-    return [{Keys.IMAGE: str(path)} for path in find_cases(dataset_dir)]
+def list_cases(dataset_dir: str | Path, done_in: str | Path | None = None) -> list[dict[str, str]]:
+    """All cases below ``dataset_dir`` as ``{"image": path}``.
+
+    Cases whose names are alike get an entry ``"case_name"`` that tells them apart by the folders above them, so that
+    none overwrites the results of another.
+
+    Args:
+        dataset_dir: one case or a folder of cases.
+        done_in: output folder of an interrupted run; cases with a report there are left out.
+
+    Raises:
+        CaseError: there is no case, or all are done.
+    """
+    paths = find_cases(dataset_dir)
+    found = []
+    for path, name in zip(paths, _unique_names(paths), strict=True):
+        if done_in is None or not (Path(done_in) / name / "report.json").is_file():
+            found.append({Keys.IMAGE: str(path)} | ({} if name == case_name(path) else {CASE_NAME: name}))
+    if done_in is not None:
+        logger.info("%d of %d cases are done already", len(paths) - len(found), len(paths))
+    if not found:
+        raise CaseError(f"{dataset_dir}: all {len(paths)} cases have a report in {done_in}; nothing is left to do. "
+                        "Give another output_dir, or leave skip_done out to predict them anew")
+    return found
+
+
+def _unique_names(paths: Sequence[Path]) -> list[str]:
+    """Case names; equal ones (also to a file system that ignores case) preceded by the folders that differ."""
+    names = [case_name(path) for path in paths]
+    for depth in range(1, max((len(path.resolve().parents) for path in paths), default=0)):
+        counts = Counter(name.lower() for name in names)
+        if max(counts.values(), default=0) < 2:
+            break
+        names = [_with_folders(path, depth) if counts[name.lower()] > 1 else name
+                 for path, name in zip(paths, names, strict=True)]
+    counts = Counter(name.lower() for name in names)
+    return [name if counts[name.lower()] == 1 else f"{name}_{number}" for number, name in enumerate(names, 1)]
+
+
+def _with_folders(path: Path, depth: int) -> str:
+    """The case's name after ``depth`` folders above it, joined by underscores."""
+    parts = path.resolve().parts[1:]
+    above = parts[max(0, len(parts) - 1 - depth):-1]
+    words = (re.sub(r"[^A-Za-z0-9+-]+", "_", part).strip("_") for part in above)
+    return "_".join([*filter(None, words), case_name(path)])
 
 
 def split_cases(dataset_dir: str | Path, part: str, validation_share: float = 0.15,

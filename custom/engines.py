@@ -282,7 +282,7 @@ class EmaExport:
 
 
 class ValidateAtEnd:
-    """Validate once more when a run ends within an epoch, as one scheduled by wall clock does.
+    """Validate once more when a run ends with weights that were not: between two validations, or within an epoch.
 
     Args:
         validator: MONAI evaluator.
@@ -290,12 +290,19 @@ class ValidateAtEnd:
 
     def __init__(self, validator: Evaluator) -> None:
         self.validator = validator
+        self.changed: bool | None = None  # since the last validation; None: neither trained nor validated yet
 
     def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._set, True)
+        self.validator.add_event_handler(Events.COMPLETED, self._set, False)
         engine.add_event_handler(Events.COMPLETED, self._validate)
 
+    def _set(self, engine: Engine, changed: bool) -> None:
+        self.changed = changed
+
     def _validate(self, engine: Engine) -> None:
-        if engine.state.iteration % engine.state.epoch_length:
+        resumed_within = self.changed is None and engine.state.iteration % engine.state.epoch_length
+        if self.changed or resumed_within:
             self.validator.run(engine.state.epoch)
 
 
@@ -365,6 +372,8 @@ class MetricsCollector:
         engine.add_event_handler(Events.COMPLETED, self._write)
 
     def _write(self, engine: Engine) -> None:
+        if not self.rows:  # every case failed, which the evaluator says
+            return
         summary = write_metrics(self.rows, self.output_dir)
         logger.info("%d cases: dose score %.4f Gy, DVH score %.4f Gy; see %s", len(self.rows), summary["dose_score"],
                     summary["dvh_score"], self.output_dir / "metrics.json")

@@ -42,7 +42,9 @@ class LoadImageRTd(MapTransform):
         for key in self.key_iterator(out):
             # options sent with a request (MONAI Label) come before those of the config
             asked = {name: out[name] for name in self.options if out.get(name) is not None}
-            out[Keys.CASE] = read_case(out[key], **{**self.options, **asked})
+            case = read_case(out[key], **{**self.options, **asked})
+            name = out.get("case_name")  # of a case that shares its own name with another
+            out[Keys.CASE] = replace(case, name=name) if name else case
         return out
 
 

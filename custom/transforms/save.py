@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
-import tempfile
+import socket
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, SaveImaged
 from scipy import ndimage
 
-from custom.case import Case, CaseError, DoseScale, Grid, Keys, resample
+from custom.case import Case, CaseError, DoseScale, Grid, Keys, OutputError, resample
 from custom.io.nifti import write_nifti
 from custom.io.openkbp import write_dose_csv
 from custom.io.rtdose import write_rtdose
@@ -27,6 +28,7 @@ from custom.report import make_report, write_report
 __all__ = ["CaseMetricsd", "RestoreDosed", "SaveImageRTDosed"]
 
 WORK = "work"
+RESULTS = {"RTDOSE.dcm", "dose.nii.gz", "dose_std.nii.gz", "dose.csv", "report.json", "report.html"}
 MARK = "predicted dose, not for clinical use"
 
 
@@ -84,7 +86,7 @@ class CaseMetricsd(MapTransform):
 
 
 class SaveImageRTDosed(SaveImaged):
-    """Write a case's results to ``<output_dir>/<case>/``, each file whole or not at all.
+    """Write a case's results to ``<output_dir>/<case>/``, all of them or none.
 
     ``RTDOSE.dcm``, ``dose.nii.gz``, ``report.json`` and ``report.html``; for OpenKBP input ``dose.csv`` besides;
     ``dose_std.nii.gz`` where there are samples. A subclass of SaveImaged with "SaveImage" in
@@ -147,16 +149,60 @@ class SaveImageRTDosed(SaveImaged):
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside ``folder`` whose files are moved into it when the block ends without an error."""
+    """A hidden folder beside ``folder`` that takes its place, in one step, when the block ends without an error.
+
+    Results that are there already go; files of others in ``folder`` stay. What a killed run left behind is removed.
+
+    Raises:
+        OutputError: no space, or no right to write.
+    """
+    prefix = f".{folder.name}.part.{socket.gethostname()}."
+    partial = folder.with_name(f"{prefix}{os.getpid()}")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise CaseError(f"cannot write to {folder.parent}: {error.strerror}; choose another output_dir") from error
-    try:
+        _remove_orphans(folder, prefix)
+        partial.mkdir(parents=True)
         yield partial
-        folder.mkdir(exist_ok=True)
-        for path in sorted(partial.iterdir()):
-            os.replace(path, folder / path.name)
+        _put_in_place(partial, folder)
+    except OSError as error:
+        raise OutputError(f"cannot write to {folder.parent}: {error.strerror or error}; free space there, or choose "
+                          "another output_dir") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    """Exchange ``folder`` for ``partial``; at every moment it is the old one, absent or the new one."""
+    if not folder.exists():
+        os.rename(partial, folder)
+        return
+    for path in folder.iterdir():
+        if path.name not in RESULTS and not (partial / path.name).exists():
+            (shutil.copytree if path.is_dir() else shutil.copy2)(path, partial / path.name)
+    old = partial.with_name(f"{partial.name}.old")
+    os.rename(folder, old)
+    os.rename(partial, folder)
+    shutil.rmtree(old)
+
+
+def _remove_orphans(folder: Path, prefix: str) -> None:
+    """Remove hidden folders of runs on this machine that are no more; older results they put aside come back."""
+    orphans = [p for p in folder.parent.glob(f"{glob.escape(prefix)}*") if _is_orphan(p.name[len(prefix):])]
+    for path in sorted(orphans, reverse=True):  # "<pid>.old" before "<pid>"
+        if path.name.endswith(".old") and not folder.exists():
+            os.rename(path, folder)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_orphan(owner: str) -> bool:
+    """Whether the process of a name ``<pid>`` or ``<pid>.old`` has ended."""
+    pid = owner.split(".")[0]
+    if not pid.isdigit() or int(pid) == os.getpid():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
