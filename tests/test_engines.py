@@ -350,13 +350,21 @@ def test_best_averaged_weights_are_exported_and_patience_ends(tmp_path, optimize
     assert (again.best, again.since, again.exhausted) == (2.0, 2, False)
 
 
-@pytest.mark.parametrize(("minutes", "validated"), [(1.3, [2]), (100.0, [])], ids=["within an epoch", "at its end"])
-def test_run_ended_by_the_clock_is_validated_once_more(optimizer, monkeypatch, minutes, validated):
-    """12 s a step, four steps an epoch: 78 s are over within the second epoch."""
+@pytest.mark.parametrize(
+    ("minutes", "every", "validated"),
+    [(1.0, 1, [1]), (1.3, 1, [1, 2]), (1.6, 1, [1, 2]), (1.6, 2, [2]), (100.0, 1, [1, 2, 3]), (100.0, 2, [2, 3])],
+    ids=["before an epoch's first step", "within an epoch", "before its last step", "before its last step, none yet",
+         "at its end", "between two validations"])
+def test_last_weights_of_a_run_are_validated_once(optimizer, monkeypatch, minutes, every, validated):
+    """12 s a step, four steps an epoch: the clock stops the run before step 5, 7 or 8, or not at all."""
     seconds, epochs = count(0.0, 12.0), []
     monkeypatch.setattr(engines, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
-    trainer = Engine(lambda engine, batch: None)
-    ValidateAtEnd(SimpleNamespace(run=epochs.append)).attach(trainer)
+    trainer, validator = Engine(lambda engine, batch: None), Engine(lambda engine, batch: None)
+    validator.add_event_handler(Events.STARTED, lambda _: epochs.append(trainer.state.epoch))
+    trainer.add_event_handler(Events.EPOCH_COMPLETED(every=every), lambda _: validator.run([0]))
+    validate = ValidateAtEnd(validator)
+    monkeypatch.setattr(validator, "run", lambda epoch, run=validator.run: run([0]))
+    validate.attach(trainer)
     WallClockSchedule(optimizer, minutes=minutes).attach(trainer)
     trainer.run(range(4), max_epochs=3)
     assert epochs == validated
