@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from monai.inferers import Inferer, SlidingWindowInferer
 from torch import Tensor, nn
 
 from custom.case import CaseError
+from custom.protocol.guidance import Guidance, Protocol
 
 __all__ = [
     "DoseDiffusionInferer",
@@ -64,7 +65,12 @@ def few_step_plan(schedule: nn.Module, num_steps: int) -> tuple[list[int], list[
 
 
 def sample_x0(
-    network: nn.Module, x_t: Tensor, conditions: Any, num_steps: int, generator: torch.Generator | None = None
+    network: nn.Module,
+    x_t: Tensor,
+    conditions: Any,
+    num_steps: int,
+    generator: torch.Generator | None = None,
+    guide: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Sample ``x_0`` (B, 1, X, Y, Z), starting from ``x_t`` at t = T.
 
@@ -78,9 +84,10 @@ def sample_x0(
         conditions: passed on.
         num_steps: evaluations of the denoiser.
         generator: random numbers on the CPU for DDPM.
+        guide: moves every estimate of ``x_0``; None leaves it as the network gives it.
     """
     if num_steps == network.schedule.num_train_timesteps:
-        return _sample_ddpm(network, x_t, conditions, generator)
+        return _sample_ddpm(network, x_t, conditions, generator, guide)
     timesteps, weights = few_step_plan(network.schedule, num_steps)
     before = None
     for i, (step, weight) in enumerate(zip(timesteps, weights)):
@@ -88,6 +95,8 @@ def sample_x0(
         estimate = network.denoise(x_t, t, conditions)
         x0 = estimate if before is None else estimate + weight * (estimate - before)
         before = estimate
+        if guide is not None:
+            x0 = guide(x0)
         if i + 1 == len(timesteps):
             break
         a, s = network.schedule.scales(t)
@@ -96,17 +105,25 @@ def sample_x0(
     return x0
 
 
-def _sample_ddpm(network: nn.Module, x_t: Tensor, conditions: Any, generator: torch.Generator | None) -> Tensor:
+def _sample_ddpm(
+    network: nn.Module,
+    x_t: Tensor,
+    conditions: Any,
+    generator: torch.Generator | None,
+    guide: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     alpha_bar = network.schedule.alpha_bar.double()
     for step in range(len(alpha_bar) - 1, 0, -1):
         t = torch.full((x_t.shape[0],), step, device=x_t.device)
         x0 = network.denoise(x_t, t, conditions)
+        x0 = x0 if guide is None else guide(x0)
         now, after = float(alpha_bar[step]), float(alpha_bar[step - 1])
         beta = 1 - now / after
         mean = after**0.5 * beta / (1 - now) * x0 + (now / after) ** 0.5 * (1 - after) / (1 - now) * x_t
         noise = torch.randn(x_t.shape, generator=generator).to(x_t)
         x_t = mean + (beta * (1 - after) / (1 - now)) ** 0.5 * noise
-    return network.denoise(x_t, torch.zeros(x_t.shape[0], dtype=torch.long, device=x_t.device), conditions)
+    x0 = network.denoise(x_t, torch.zeros(x_t.shape[0], dtype=torch.long, device=x_t.device), conditions)
+    return x0 if guide is None else guide(x0)
 
 
 def linear_decay_map(roi_size: Sequence[int], overlap_voxels: Sequence[int]) -> Tensor:
@@ -169,9 +186,11 @@ class DoseDiffusionInferer(Inferer):
         sw_batch_size: windows a batch.
         autocast_dtype: ``"bfloat16"`` or ``"float16"`` to run the network in it; None for float32.
         progress: show a bar over the windows.
+        with_std: give the spread of the samples as a second channel.
+        guidance: steers the dose toward the protocol; None, or a strength of 0, leaves every bit as it is.
 
     Raises:
-        CaseError: for channel names that are not among ``condition_channels``.
+        CaseError: for channel names that are not among ``condition_channels``, or guidance within windows.
     """
 
     def __init__(
@@ -189,9 +208,13 @@ class DoseDiffusionInferer(Inferer):
         autocast_dtype: str | None = None,
         progress: bool = False,
         with_std: bool = False,
+        guidance: Guidance | None = None,
     ) -> None:
         super().__init__()
         self.with_std = with_std
+        self.guidance = guidance if guidance is not None and guidance.strength > 0 else None
+        if self.guidance is not None and roi_size is not None:
+            raise CaseError("inferer: guidance judges whole structures, a window sees but parts; leave roi_size out")
         if num_samples < 1:
             raise CaseError(f"inferer: num_samples {num_samples}; expected 1 or more")
         self.num_inference_steps = num_inference_steps
@@ -245,17 +268,31 @@ class DoseDiffusionInferer(Inferer):
     def _predict(self, image: Tensor, network: nn.Module, generator: torch.Generator | None) -> Tensor:
         """Doses ``(B, K, X, Y, Z)`` of an image or a window of it; the conditions are encoded once."""
         with torch.autocast(image.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            protocols = None if self.guidance is None else self.guidance.protocols(image)
             if getattr(network, "denoiser", None) is None:
-                return network(image).float().expand(-1, self.num_samples, -1, -1, -1)
+                dose = network(image).float()
+                dose = dose if protocols is None else self.guidance(dose, protocols)
+                return dose.expand(-1, self.num_samples, -1, -1, -1)
             conditions = network.encode(image)
+            guide = None if protocols is None else self._guide(network, conditions, protocols)
             doses = []
             for _ in range(self.num_samples):
                 x_t = torch.zeros_like(image[:, :1], dtype=torch.float32)
                 if self.stochastic:
                     x_t = torch.randn(x_t.shape, generator=generator).to(x_t)
-                x0 = sample_x0(network, x_t, conditions, self.num_inference_steps, generator)
+                x0 = sample_x0(network, x_t, conditions, self.num_inference_steps, generator, guide)
                 doses.append(network.to_dose(x0, conditions).float())
         return torch.cat(doses, dim=1)
+
+    def _guide(self, network: nn.Module, conditions: Any, protocols: list[Protocol]) -> Callable[[Tensor], Tensor]:
+        """The guidance as a map of ``x_0``; the dose is an affine function of it, but for its cut at zero."""
+
+        def guide(x0: Tensor) -> Tensor:
+            dose = network.to_dose(x0, conditions)
+            moved = self.guidance(dose, protocols)
+            return x0 + network.from_dose(moved, conditions) - network.from_dose(dose, conditions)
+
+        return guide
 
 
 def _swapped_order(names: list[str], pairs: Sequence[Sequence[str]]) -> list[int] | None:
