@@ -14,7 +14,7 @@ import pytest
 
 CONFIGS = Path(__file__).resolve().parents[1] / "bundle" / "configs"
 BASE = "inference.json"
-STAGES = ("train.json", "evaluate.json")  # each is laid over the base
+STAGES = ("train.json", "evaluate.json", "studies.json")  # each is laid over the base
 # each is laid over the base and a stage
 OVERLAYS = ("train_autoencoder.json", "smoke.json", "multi_gpu.json", "systems/*.json")
 FILES = sorted(
@@ -38,6 +38,9 @@ ENTRY_KEYS = {
     "run": "MONAI's runner",
     "inference": "MONAI's runner: run id",
     "evaluate": "MONAI's runner: run id",
+    "steps": "MONAI's runner: run id",
+    "robustness": "MONAI's runner: run id",
+    "calibration": "MONAI's runner: run id",
     "train": "MONAI's runner: run id and the zoo's group of training objects",
     "train_autoencoder": "MONAI's runner: run id",
     "validate": "the zoo's group of validation objects",

@@ -17,7 +17,7 @@ LAYERS = (
     {"rois"},
     {"io", "geometry", "dosimetry", "physics", "networks"},
     {"losses", "metrics", "protocol", "report", "phantom"},
-    {"transforms", "objectives", "inferers", "engines", "datalists", "batch", "runner"},
+    {"transforms", "objectives", "inferers", "engines", "datalists", "batch", "runner", "studies"},
     {"release"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

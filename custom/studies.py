@@ -1,0 +1,250 @@
+"""One network, many ways to run it: steps and samples, missing inputs, and what its uncertainty is worth.
+
+Each study prepares a case once, predicts it in every way that was asked for, scores each prediction against the
+reference dose and writes one table; ``bundle/configs/studies.json`` wires them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from custom.case import BODY, Case, CaseError, DoseScale, Keys
+from custom.dosimetry.image_quality import fine_structure_ratio, psnr_db, ssim
+from custom.metrics import case_metrics, summarise
+
+__all__ = ["CalibrationStudy", "Calibration", "PredictionStudy", "coverage", "fit_calibration", "without"]
+
+logger = logging.getLogger(__name__)
+
+WORK = "work"
+LEVELS = (0.5, 0.8, 0.95)
+COLUMNS = ("dose_score", "dvh_score", "psnr_db", "ssim", "fine_structure_ratio", "seconds")
+
+
+def without(case: Case, names: Sequence[str]) -> Case:
+    """The case as if some inputs had not come along: ``"CT"``, or structures by their TG-263 names.
+
+    Raises:
+        CaseError: a name that is a target or the body, without which nothing is predicted.
+    """
+    needed = [name for name in names if name in case.prescription_gy or name == BODY]
+    if needed:
+        raise CaseError(f"study: cannot leave out {needed}; expected CT or organs at risk")
+    masks = {roi: mask for roi, mask in case.masks.items() if roi not in names}
+    return replace(case, masks=masks, ct_hu=None if "CT" in names else case.ct_hu)
+
+
+class PredictionStudy:
+    """Predict every case of a data set in several ways and compare the scores.
+
+    Args:
+        dataset: items with ``case`` and ``work`` (:class:`custom.case.Case`), a reference dose among them.
+        condition: transform from ``work`` to ``image``, applied anew for every set of inputs left out.
+        network: with its weights.
+        ways: name -> ``{"inferer": ..., "without": [...]}``; ``without`` is empty by default.
+        restore: transform from ``pred`` to Gy on the case's own grid.
+        output_dir: gets ``<name>.csv``, a line a case and way, and ``<name>.json``, a summary a way.
+        name: of the study.
+        device: where the network is.
+    """
+
+    def __init__(self, dataset: Sequence[Mapping], condition: Callable, network: torch.nn.Module,
+                 ways: Mapping[str, Mapping], restore: Callable, output_dir: str | Path, name: str = "study",
+                 device: torch.device | str = "cpu") -> None:
+        self.dataset, self.condition, self.network, self.ways = dataset, condition, network, dict(ways)
+        self.restore, self.path, self.device = restore, Path(output_dir) / name, torch.device(device)
+
+    def run(self) -> dict[str, dict]:
+        """Do the study; returns and writes way -> summary of its scores."""
+        self.network.eval()
+        rows = []
+        for number in tqdm(range(len(self.dataset)), desc=self.path.name, unit="case"):
+            rows += self._case(self.dataset[number])
+        summaries = {}
+        for way in self.ways:
+            own = [row for row in rows if row["way"] == way]
+            if not own:  # nothing of what it leaves out was in any case
+                summaries[way] = {"cases": 0}
+                continue
+            pooled = summarise(own)
+            summaries[way] = {"cases": len(own), "dose_score": pooled["dose_score"], "dvh_score": pooled["dvh_score"]}
+            summaries[way] |= {name: pooled["metrics"][name]["mean"] for name in COLUMNS[2:]}
+        self._write(rows, summaries)
+        return summaries
+
+    def _case(self, item: Mapping) -> Iterator[dict]:
+        case: Case = item[Keys.CASE]
+        images: dict[tuple, Mapping] = {}
+        for way, how in self.ways.items():
+            left_out = tuple(how.get("without", ()))
+            if left_out and not any(n in case.masks or (n == "CT" and case.ct_hu is not None) for n in left_out):
+                continue
+            if left_out not in images:
+                images[left_out] = self.condition({**item, WORK: without(item[WORK], left_out)})
+            data = images[left_out]
+            image = data[Keys.IMAGE][None].to(self.device)
+            start = time.perf_counter()
+            with torch.no_grad():
+                dose = how["inferer"](image, self.network)
+            seconds = time.perf_counter() - start
+            dose_gy = self.restore({**data, Keys.PRED: dose[0]})[Keys.PRED][0].numpy()
+            yield {"case": case.name, "way": way, "has_ct": int(case.ct_hu is not None and "CT" not in left_out),
+                   **case_metrics(case, dose_gy), **_looks(case, dose_gy), "seconds": seconds}
+
+    def _write(self, rows: Sequence[Mapping], summaries: Mapping[str, Mapping]) -> None:
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with _whole_file(self.path.with_suffix(".csv")) as stream:
+            table = csv.DictWriter(stream, names, restval="")
+            table.writeheader()
+            table.writerows(rows)
+        with _whole_file(self.path.with_suffix(".json")) as stream:
+            json.dump(summaries, stream, indent=1)
+        for way, summary in summaries.items():
+            logger.info("%-24s %s", way, "  ".join(f"{name} {summary[name]:.4g}" for name in COLUMNS if name in summary))
+
+
+def _looks(case: Case, dose_gy: np.ndarray) -> dict[str, float]:
+    reference = np.asarray(case.dose_gy, dtype=np.float32)
+    range_gy = case.highest_prescription_gy
+    return {"psnr_db": psnr_db(dose_gy, reference, case.body, range_gy),
+            "ssim": ssim(dose_gy, reference, case.body, range_gy),
+            "fine_structure_ratio": fine_structure_ratio(dose_gy, reference, case.body, case.grid.spacing_mm)}
+
+
+class Calibration:
+    """From the samples' spread to an error bar: ``scale * sqrt(std^2 + floor^2)``, and a factor for each level.
+
+    Args:
+        scale: so that the error bar is the root of the median squared error over 0.6745, a standard deviation where
+            errors are normal.
+        floor_gy: what the samples do not know of.
+        factors: level -> half-width of its interval in error bars.
+    """
+
+    def __init__(self, scale: float, floor_gy: float, factors: Mapping[float, float]) -> None:
+        self.scale, self.floor_gy, self.factors = scale, floor_gy, dict(factors)
+
+    def bar_gy(self, std_gy: np.ndarray) -> np.ndarray:
+        """Calibrated standard deviation in Gy."""
+        return self.scale * np.sqrt(np.square(std_gy) + self.floor_gy**2)
+
+
+def fit_calibration(error_gy: np.ndarray, std_gy: np.ndarray, levels: Sequence[float] = LEVELS) -> Calibration:
+    """Calibrate on voxels whose error is known.
+
+    The floor is the one under which the error divided by the error bar is most alike everywhere: the largest Laplace
+    likelihood over a grid. The factors are the levels' quantiles of ``|error| / bar`` (split conformal prediction: Vovk
+    et al. 2005; Romano et al., NeurIPS 2019), so intervals cover as they say on cases like these.
+
+    Args:
+        error_gy, std_gy: ``(N,)`` prediction minus reference, and the samples' standard deviation.
+    """
+    size = np.abs(np.asarray(error_gy, dtype=np.float64))
+    variance = np.square(np.asarray(std_gy, dtype=np.float64))
+
+    def badness(floor: float) -> float:
+        bar = np.sqrt(variance + floor**2)
+        return float(np.log(bar).mean() + np.log((size / bar).mean()))
+
+    floor = float(min(np.geomspace(0.02, 20.0, 61), key=badness))
+    ratio = size / np.sqrt(variance + floor**2)
+    scale = float(np.median(ratio) / 0.6745)
+    factors = {level: float(np.quantile(ratio, level) / scale) for level in levels}
+    return Calibration(scale, floor, factors)
+
+
+def coverage(error_gy: np.ndarray, std_gy: np.ndarray, calibration: Calibration) -> dict[float, float]:
+    """Share of voxels whose error lies within the interval of each level."""
+    bar = calibration.bar_gy(std_gy)
+    return {level: float((np.abs(error_gy) <= factor * bar).mean()) for level, factor in calibration.factors.items()}
+
+
+class CalibrationStudy:
+    """Calibrate the spread of samples on one half of the cases and measure its coverage on the other.
+
+    Args:
+        dataset: items with ``case``, ``work`` and ``image``.
+        network: with its weights.
+        inferer: has ``mean_and_std(image, network)``.
+        output_dir: gets ``calibration.json`` with the constants and the reliability table.
+        voxels: drawn from each case's body.
+        seed: of the draw.
+        device: where the network is.
+    """
+
+    def __init__(self, dataset: Sequence[Mapping], network: torch.nn.Module, inferer, output_dir: str | Path,
+                 voxels: int = 5000, seed: int = 0, device: torch.device | str = "cpu") -> None:
+        self.dataset, self.network, self.inferer = dataset, network, inferer
+        self.path, self.voxels = Path(output_dir) / "calibration.json", voxels
+        self.rng, self.device = np.random.default_rng(seed), torch.device(device)
+
+    def run(self) -> dict:
+        """Do the study; returns and writes the constants and the reliability table.
+
+        Raises:
+            CaseError: fewer than two cases.
+        """
+        if len(self.dataset) < 2:
+            raise CaseError(f"calibration: found {len(self.dataset)} case; expected two or more with a reference dose")
+        self.network.eval()
+        halves: tuple[list, list] = ([], [])
+        for number in tqdm(range(len(self.dataset)), desc="calibration", unit="case"):
+            halves[number % 2].append(self._voxels(self.dataset[number]))
+        fit, held = (tuple(np.concatenate(parts) for parts in zip(*half)) for half in halves)
+        calibration = fit_calibration(*fit)
+        raw = Calibration(1.0, 0.0, {level: float(_normal_factor(level)) for level in LEVELS})
+        both = fit_calibration(*(np.concatenate(pair) for pair in zip(fit, held)))
+        record = {
+            "fit_cases": len(halves[0]), "held_out_cases": len(halves[1]),
+            "reliability": [{"level": level, "uncalibrated": coverage(*held, raw)[level],
+                             "calibrated": coverage(*held, calibration)[level]} for level in LEVELS],
+            "std_calibration": [both.scale, both.floor_gy],
+            "factors": {str(level): factor for level, factor in both.factors.items()},
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with _whole_file(self.path) as stream:
+            json.dump(record, stream, indent=1)
+        for row in record["reliability"]:
+            logger.info("level %.2f: coverage %.3f uncalibrated, %.3f calibrated", *row.values())
+        return record
+
+    def _voxels(self, item: Mapping) -> tuple[np.ndarray, np.ndarray]:
+        work: Case = item[WORK]
+        if work.dose_gy is None:
+            raise CaseError(f"case {work.name}: calibration needs a reference dose and found none")
+        mean, std = self.inferer.mean_and_std(item[Keys.IMAGE][None].to(self.device), self.network)
+        to_gy = DoseScale(work.highest_prescription_gy).to_gy
+        inside = np.flatnonzero(work.body)
+        inside = self.rng.choice(inside, min(self.voxels, inside.size), replace=False)
+        mean, std = (to_gy(volume[0, 0].cpu().numpy()).ravel()[inside] for volume in (mean, std))
+        return mean - work.dose_gy.ravel()[inside], std
+
+
+def _normal_factor(level: float) -> float:
+    return float(torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(0.5 + level / 2)))
+
+
+@contextlib.contextmanager
+def _whole_file(path: Path) -> Iterator[TextIO]:
+    """A text file that appears under its name only when the block ends without an error."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("w", newline="", encoding="utf-8") as stream:
+            yield stream
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
