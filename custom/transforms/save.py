@@ -19,6 +19,7 @@ from monai.transforms import MapTransform, SaveImaged
 from scipy import ndimage
 
 from custom.case import Case, CaseError, DoseScale, Grid, Keys, OutputError, resample
+from custom.dosimetry.constraints import load_constraints
 from custom.io.nifti import write_nifti
 from custom.io.openkbp import write_dose_csv
 from custom.io.rtdose import write_rtdose
@@ -69,10 +70,17 @@ def _restore(fraction: np.ndarray, work: Case, case: Case) -> np.ndarray:
 
 
 class CaseMetricsd(MapTransform):
-    """Score ``data[key]`` (Gy on the case's grid) against the reference dose; the row goes to ``data["metrics"]``."""
+    """Score ``data[key]`` (Gy on the case's grid) against the reference dose; the row goes to ``data["metrics"]``.
 
-    def __init__(self, keys: KeysCollection = Keys.PRED) -> None:
+    Args:
+        keys: key of the dose.
+        constraints: the protocol whose compliance is measured, of the dose and of the reference; None takes the
+            bundle's ``constraints.json``.
+    """
+
+    def __init__(self, keys: KeysCollection = Keys.PRED, constraints: str | Path | None = None) -> None:
         super().__init__(keys)
+        self.constraints = load_constraints(constraints)
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
         out = dict(data)
@@ -81,7 +89,7 @@ class CaseMetricsd(MapTransform):
             if case.dose_gy is None:
                 raise CaseError(f"case {case.name}: evaluation needs a reference dose (RTDOSE, dose.csv or 'dose' in "
                                 f"the npz); found none in {case.source.get('path')}")
-            out["metrics"] = {"case": case.name, **case_metrics(case, out[key][0].numpy())}
+            out["metrics"] = {"case": case.name, **case_metrics(case, out[key][0].numpy(), self.constraints)}
         return out
 
 
@@ -98,15 +106,17 @@ class SaveImageRTDosed(SaveImaged):
         dose_grid: ``"ct"``; ``"plan"`` for the grid of the RTDOSE that came along; or a voxel size in mm.
         files: which of ``"rtdose"``, ``"nifti"``, ``"report"``, ``"csv"`` to write.
         model: facts about the model for the report, such as its name and version.
+        constraints: the protocol of the report; None takes the bundle's ``constraints.json``.
     """
 
     def __init__(self, keys: KeysCollection = Keys.PRED, output_dir: str | Path = "eval",
                  dose_grid: str | float = "ct", files: Sequence[str] = ("rtdose", "nifti", "report", "csv"),
-                 model: Mapping[str, object] | None = None) -> None:
+                 model: Mapping[str, object] | None = None, constraints: str | Path | None = None) -> None:
         super().__init__(keys, output_dir=output_dir, print_log=False)
         if dose_grid not in ("ct", "plan") and not isinstance(dose_grid, (int, float)):
             raise CaseError(f"dose_grid: found {dose_grid!r}; expected 'ct', 'plan' or a voxel size in mm")
         self.output_dir, self.dose_grid, self.files, self.model = Path(output_dir), dose_grid, set(files), model
+        self.constraints = load_constraints(constraints)
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
         case: Case = data[Keys.CASE]
@@ -132,7 +142,8 @@ class SaveImageRTDosed(SaveImaged):
         if "csv" in self.files and source_format == "openkbp":
             write_dose_csv(folder / "dose.csv", dose_gy, case.body)
         if "report" in self.files:
-            record = make_report(case, dose_gy, dose_std_gy=std_gy, warnings=warnings, model=self.model)
+            record = make_report(case, dose_gy, dose_std_gy=std_gy, warnings=warnings, model=self.model,
+                                 constraints=self.constraints)
             write_report(record, case, dose_gy, folder)
 
     def _grid(self, case: Case) -> Grid:
