@@ -2,6 +2,7 @@
 #   PYTHON=python3.11   the interpreter of the virtual environment (3.10 to 3.12; default: the first one found)
 #   VENV=.venv          where the virtual environment lies
 #   PYTEST_ARGS=...     passed on to pytest
+#   LABEL_VENV=DIR, DEPLOY_VENV=DIR   environments of MONAI Label and MONAI Deploy, apart from the project's own
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
@@ -70,3 +71,36 @@ lint: $(STAMP)  ## ruff over the whole tree
 clean:  ## remove what the targets made, but not the virtual environment
 	rm -rf $(DEMO) build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find custom tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# MONAI Label: its own environment (Python 3.11, apps/label/constraints.txt), its app with the bundle in it, its server.
+LABEL_VENV ?= .venv-label
+LABEL_APP ?= demo/label
+LABEL_STUDIES ?= demo/label-studies
+LABEL_PORT ?= 8000
+LABEL_PYTHON ?= python3.11
+LABEL_STAMP = $(LABEL_VENV)/.installed-$(shell cat apps/label/*.txt pyproject.toml | cksum | tr ' ' '-')
+
+.PHONY: label-env label-server test-label
+
+label-env: $(LABEL_STAMP)  ## MONAI Label's own environment (several GB)
+
+$(LABEL_STAMP):
+	[ -x $(LABEL_VENV)/bin/python ] || $(LABEL_PYTHON) -m venv $(LABEL_VENV)
+	@# torch first: sam2, which MONAI Label asks for, is built against it.
+	$(LABEL_VENV)/bin/python -m pip install -c apps/label/constraints.txt torch torchvision setuptools wheel
+	SAM2_BUILD_CUDA=0 $(LABEL_VENV)/bin/python -m pip install --no-build-isolation -c apps/label/constraints.txt \
+	    -r apps/label/requirements.txt -e .
+	@rm -f $(LABEL_VENV)/.installed-* && touch $@
+
+$(LABEL_APP)/monaibundle: | $(LABEL_STAMP)
+	$(LABEL_VENV)/bin/python apps/label/make_app.py app $(LABEL_APP)
+
+# The default zoo_source makes MONAI Label ask the network, and so does sam2, for weights.
+label-server: $(LABEL_STAMP) | $(LABEL_APP)/monaibundle  ## MONAI Label's server with this bundle, on this machine only
+	@mkdir -p $(LABEL_STUDIES)
+	exec $(LABEL_VENV)/bin/python -m monailabel.main start_server --app $(LABEL_APP)/monaibundle \
+	    --studies $(LABEL_STUDIES) --host 127.0.0.1 --port $(LABEL_PORT) --conf models rt_ct_dose_prediction \
+	    --conf zoo_source local --conf sam2 false --conf skip_trainers true
+
+test-label: $(STAMP) $(LABEL_STAMP)  ## the tests of MONAI Label's server, in its own environment
+	DOSE_LABEL_PYTHON=$(abspath $(LABEL_VENV))/bin/python $(BIN)/python -m pytest -m slow tests/test_label.py $(PYTEST_ARGS)
