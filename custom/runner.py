@@ -116,9 +116,15 @@ def unknown_keys(layers: Sequence[Mapping[str, Any]], entries: Sequence[str] | s
     found: list[list[str]] = []
     for number, layer in enumerate(layers):
         names = [_name(key) for key in layer]
-        found.append([name for name in names if number and name not in defined | used])
+        runs = {_name(key) for key, value in layer.items() if _is_run(value)}  # one of a file's several things to do
+        found.append([name for name in names if number and name not in defined | used | runs])
         defined |= set(names)
     return found
+
+
+def _is_run(value: Any) -> bool:
+    """True for a list of expressions, which is what an id to run holds."""
+    return isinstance(value, list) and bool(value) and all(isinstance(v, str) and v.startswith("$") for v in value)
 
 
 def _name(key: str) -> str:
