@@ -104,3 +104,25 @@ label-server: $(LABEL_STAMP) | $(LABEL_APP)/monaibundle  ## MONAI Label's server
 
 test-label: $(STAMP) $(LABEL_STAMP)  ## the tests of MONAI Label's server, in its own environment
 	DOSE_LABEL_PYTHON=$(abspath $(LABEL_VENV))/bin/python $(BIN)/python -m pytest -m slow tests/test_label.py $(PYTEST_ARGS)
+
+# MONAI Deploy: its own environment (Python 3.11, apps/deploy/constraints.txt), its application, what its packager takes.
+DEPLOY_VENV ?= .venv-deploy
+DEPLOY_PYTHON ?= python3.11
+DEPLOY_MAP ?= demo/deploy
+DEPLOY_STAMP = $(DEPLOY_VENV)/.installed-$(shell cat apps/deploy/*.txt pyproject.toml | cksum | tr ' ' '-')
+
+.PHONY: deploy-env deploy-package test-deploy
+
+deploy-env: $(DEPLOY_STAMP)  ## MONAI Deploy's own environment (several GB)
+
+$(DEPLOY_STAMP):
+	[ -x $(DEPLOY_VENV)/bin/python ] || $(DEPLOY_PYTHON) -m venv $(DEPLOY_VENV)
+	$(DEPLOY_VENV)/bin/python -m pip install -c apps/deploy/constraints.txt -r apps/deploy/requirements.txt holoscan-cli \
+	    -e .
+	@rm -f $(DEPLOY_VENV)/.installed-* && touch $@
+
+deploy-package: $(DEPLOY_STAMP)  ## the folders that MONAI Deploy's packager takes
+	$(DEPLOY_VENV)/bin/python apps/deploy/make_package.py $(DEPLOY_MAP)
+
+test-deploy: $(STAMP) $(DEPLOY_STAMP)  ## the tests of the MONAI Deploy application, in its own environment
+	DOSE_DEPLOY_PYTHON=$(abspath $(DEPLOY_VENV))/bin/python $(BIN)/python -m pytest -m slow tests/test_deploy.py $(PYTEST_ARGS)
