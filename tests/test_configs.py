@@ -16,7 +16,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "bundle" / "configs"
 BASE = "inference.json"
 STAGES = ("train.json", "evaluate.json", "studies.json")  # each is laid over the base
 # each is laid over the base and a stage
-OVERLAYS = ("train_autoencoder.json", "smoke.json", "multi_gpu.json", "systems/*.json")
+OVERLAYS = ("train_autoencoder.json", "smoke.json", "multi_gpu.json", "shards.json", "deploy.json", "systems/*.json")
 FILES = sorted(
     path.relative_to(CONFIGS).as_posix() for name in (BASE, *STAGES, *OVERLAYS) for path in CONFIGS.glob(name)
 )
