@@ -6,7 +6,7 @@ import logging
 import re
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from monai.data import DataLoader
@@ -16,7 +16,7 @@ from custom.case import CaseError, Keys
 from custom.io import find_cases
 from custom.io.course import case_name
 
-__all__ = ["bundle_root", "list_cases", "prepare", "split_cases"]
+__all__ = ["bundle_root", "is_done", "list_cases", "prepare", "split_cases"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,16 +43,21 @@ def list_cases(dataset_dir: str | Path, done_in: str | Path | None = None) -> li
         CaseError: there is no case, or all are done.
     """
     paths = find_cases(dataset_dir)
-    found = []
-    for path, name in zip(paths, _unique_names(paths), strict=True):
-        if done_in is None or not (Path(done_in) / name / "report.json").is_file():
-            found.append({Keys.IMAGE: str(path)} | ({} if name == case_name(path) else {CASE_NAME: name}))
+    found = [{Keys.IMAGE: str(path)} | ({} if name == case_name(path) else {CASE_NAME: name})
+             for path, name in zip(paths, _unique_names(paths), strict=True)]
+    found = [case for case in found if done_in is None or not is_done(case, done_in)]
     if done_in is not None:
         logger.info("%d of %d cases are done already", len(paths) - len(found), len(paths))
     if not found:
         raise CaseError(f"{dataset_dir}: all {len(paths)} cases have a report in {done_in}; nothing is left to do. "
                         "Give another output_dir, or leave skip_done out to predict them anew")
     return found
+
+
+def is_done(case: Mapping[str, str], output_dir: str | Path) -> bool:
+    """True when ``output_dir`` has a report of a case of :func:`list_cases`; it is written last, with the others."""
+    name = case.get(CASE_NAME) or case_name(Path(case[Keys.IMAGE]))
+    return (Path(output_dir) / name / "report.json").is_file()
 
 
 def _unique_names(paths: Sequence[Path]) -> list[str]:

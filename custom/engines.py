@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from ignite import distributed as idist
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, DiskSaver
 from monai.data import list_data_collate
@@ -22,6 +23,7 @@ from custom.case import CaseError
 from custom.metrics import write_metrics
 
 __all__ = [
+    "Attached",
     "EmaExport",
     "HistoryWriter",
     "MetricsCollector",
@@ -119,9 +121,26 @@ class ObjectiveUpdate:
         torch.nn.utils.clip_grad_norm_(trained, self.clip_norm)
         engine.optimizer.step()
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
-        output = {CommonKeys.LOSS: loss.item(), **{name: value.item() for name, value in terms.items()}}
+        mean_loss = idist.all_reduce(loss.item()) / idist.get_world_size()  # over processes; the terms are one's own
+        output = {CommonKeys.LOSS: mean_loss, **{name: value.item() for name, value in terms.items()}}
         engine.state.output = output
         return output
+
+
+class Attached:
+    """A handler that other parts of the config refer to by its id, as an entry of a list of handlers.
+
+    MONAI's ``check_properties`` wants every such entry to be an object with a ``_target_``, not a reference.
+
+    Args:
+        handler: has ``attach(engine)``.
+    """
+
+    def __init__(self, handler) -> None:
+        self.handler = handler
+
+    def attach(self, engine: Engine) -> None:
+        self.handler.attach(engine)
 
 
 class PhasedObjective:
@@ -143,7 +162,8 @@ class PhasedObjective:
 class WallClockSchedule:
     """Cosine learning rate with warm-up over minutes of wall clock, or over epochs; ends the run when it is over.
 
-    The time already spent is part of the checkpoint, so a resumed run goes on where it stopped.
+    The time already spent is part of the checkpoint, so a resumed run goes on where it stopped. Of many processes, all
+    keep the first one's time, so that they end at the same iteration.
 
     Args:
         optimizer: its groups' ``lr`` at construction is the peak.
@@ -186,7 +206,7 @@ class WallClockSchedule:
 
     def _step(self, engine: Engine) -> None:
         now = time.monotonic()
-        self.spent_s, self._last = self.spent_s + now - self._last, now
+        self.spent_s, self._last = idist.broadcast(self.spent_s + now - self._last), now
         if self.minutes is None:
             total = engine.state.max_epochs * engine.state.epoch_length
             progress = (engine.state.iteration - 1) / max(total, 1)
@@ -351,6 +371,8 @@ class HistoryWriter:
     def _write(self, values: Mapping[str, float]) -> None:
         minutes = round((time.monotonic() - self.start) / 60, 2)
         self.rows += [[self.epoch, minutes, str(name), float(f"{value:.6g}")] for name, value in values.items()]
+        if idist.get_rank() > 0:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".part")
         with partial.open("w", newline="") as stream:
