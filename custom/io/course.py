@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,15 @@ from custom.case import BODY, Beam, CaseError, Grid, Site, Technique
 from custom.rois import RoiAssignment, RoiTable
 
 __all__ = [
-    "ARC_STEP_DEG", "beams_by_name", "body_from_ct", "case_name", "default_isocenter_mm", "guess_site",
-    "prescribe", "technique_of",
+    "ARC_STEP_DEG", "ReadOptions", "beams_by_name", "body_from_ct", "case_name", "check_dose", "check_hu",
+    "default_isocenter_mm", "guess_site", "prescribe", "technique_of",
 ]
 
 ARC_STEP_DEG = 15.0
 AIR_BELOW_HU = -400.0
 LEVELS_AGREE_GY = 0.5
+TISSUE_HU = (-850.0, 600.0)
+LOWEST_GY, HIGHEST_GY = -0.5, 200.0
 GENERIC_FOLDERS = {"ct", "data", "dcm", "dicom", "dicoms", "image", "images", "input", "rtstruct", "scan", "study"}
 
 _ARC_CW = tuple(181.0 + 358.0 * i / 24 for i in range(25))
@@ -31,6 +34,76 @@ DEFAULT_BEAMS: dict[str, list[tuple[str, tuple[float, ...]]]] = {
 }
 LUNG_ROIS = {"Lung_L", "Lung_R", "Lungs", "Heart"}
 HEAD_NECK_ROIS = {"Parotid_L", "Parotid_R", "Parotids", "Brainstem", "Larynx", "Bone_Mandible", "Cavity_Oral"}
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What the user tells a reader; each entry wins over the files.
+
+    Args:
+        prescription_gy: dose by target (its name in the file or TG-263), or one number for the highest target.
+        technique: "IMRT" or "VMAT".
+        site: "HeadNeck" or "Lung".
+        roi_map: ROI name -> TG-263 name, before the alias table; None or "" leaves the ROI out.
+        default_beams: name of the beams for a case without an RTPLAN.
+        table: ROI alias table; the bundle's own by default.
+        mask_engine: "exact" or "rt_utils", for DICOM.
+
+    Raises:
+        CaseError: for a value that is none of these.
+    """
+
+    prescription_gy: Mapping[str, float] | float | None = None
+    technique: str | None = None
+    site: str | None = None
+    roi_map: Mapping[str, str | None] | None = None
+    default_beams: str | None = None
+    table: RoiTable = field(default_factory=RoiTable)
+    mask_engine: str = "exact"
+
+    def __post_init__(self) -> None:
+        allowed = {"technique": (None, Technique.IMRT, Technique.VMAT), "site": (None, Site.HEAD_NECK, Site.LUNG),
+                   "default_beams": (None, *DEFAULT_BEAMS), "mask_engine": ("exact", "rt_utils")}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise CaseError(f"{name} {getattr(self, name)!r} is unknown; expected one of "
+                                f"{', '.join(repr(v) for v in values if v is not None)}")
+        levels = self.prescription_gy
+        if not isinstance(levels, Mapping):
+            levels = {} if levels is None else {"the highest target": levels}
+        for name, gy in levels.items():
+            if isinstance(gy, bool) or not isinstance(gy, (int, float)) or not 0 < gy < HIGHEST_GY:
+                raise CaseError(f"prescription_gy {gy!r} for {name}; expected a dose in Gy from 0 to {HIGHEST_GY:g}")
+        if self.roi_map is not None and not isinstance(self.roi_map, Mapping):
+            raise CaseError(f"roi_map {self.roi_map!r}; expected a dict of ROI names, as {{'my cord': 'SpinalCord'}}")
+
+
+def check_hu(ct_hu: np.ndarray, body: np.ndarray, path: str | Path) -> None:
+    """Refuse an image whose body cannot be tissue in Hounsfield units: a rescale that is missing or twice applied.
+
+    Raises:
+        CaseError: naming the median inside the body.
+    """
+    low, high = TISSUE_HU
+    if not np.isfinite(ct_hu).all():
+        raise CaseError(f"{path}: the CT holds values that are not finite; export it anew")
+    median = float(np.median(ct_hu[body])) if body.any() else 0.0
+    if not low <= median <= high:
+        raise CaseError(f"{path}: the median inside the body is {median:.0f} HU; expected {low:g} to {high:g}. The CT "
+                        "is not in Hounsfield units (check its rescale slope and intercept), or is cut short")
+
+
+def check_dose(dose_gy: np.ndarray, path: str | Path) -> None:
+    """Refuse a reference dose that cannot be one.
+
+    Raises:
+        CaseError: for values that are not finite, negative or too high.
+    """
+    if not np.isfinite(dose_gy).all():
+        raise CaseError(f"{path}: the dose holds values that are not finite; export it anew")
+    if dose_gy.min() < LOWEST_GY or dose_gy.max() > HIGHEST_GY:
+        raise CaseError(f"{path}: the dose ranges from {dose_gy.min():.4g} to {dose_gy.max():.4g} Gy; expected 0 to "
+                        f"{HIGHEST_GY:g} Gy. Check its units, or remove it")
 
 
 def beams_by_name(name: str, isocenter_mm) -> tuple[Beam, ...]:

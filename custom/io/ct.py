@@ -12,20 +12,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pydicom
 from pydicom.dataset import Dataset
 
 from custom.case import CaseError, Grid
+from custom.io.dataset import check_bounds, numbers, read_dataset
 
 __all__ = ["CT_SOP_CLASS", "ENHANCED_CT_SOP_CLASS", "CtSeries", "check_geometry", "read_ct"]
 
 CT_SOP_CLASS, ENHANCED_CT_SOP_CLASS = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1"
 HU_RANGE = (-1024, 3071)
-MAX_VOXELS = 1024 * 1024 * 1024
 GAP_FACTOR = 1.5
 UNEVEN_SHARE, UNEVEN_MM = 0.01, 0.1
 MAX_TILT_DEG = 0.5
 PLAUSIBLE_AIR_HU = -900
+PIXEL_MM = (0.05, 20.0)
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,9 @@ def read_ct(files: Sequence[Path]) -> CtSeries:
         CaseError: for missing or contradicting slices, a tilted gantry, or pixels that cannot be decoded.
     """
     notes: list[str] = []
-    slices = [(pydicom.dcmread(p, stop_before_pixels=True, force=True), Path(p)) for p in sorted(files)]
+    slices = [(read_dataset(p, stop_before_pixels=True), Path(p)) for p in sorted(files)]
     slices = _drop_localizers(slices, notes)
+    _check_kind(slices)
     grid, order = check_geometry(slices, notes)
     slices = [slices[i] for i in order]
     hu = np.empty(grid.shape[::-1], dtype=np.float32)
@@ -83,6 +84,24 @@ def _drop_localizers(slices: list, notes: list[str]) -> list:
     return kept
 
 
+def _check_kind(slices: Sequence[tuple[Dataset, Path]]) -> None:
+    """One patient, one frame of reference, Hounsfield units and grey values throughout the series."""
+    first, first_path = slices[0]
+    for header, path in slices:
+        for key in ("PatientID", "FrameOfReferenceUID"):
+            if str(header.get(key) or "") != str(first.get(key) or ""):
+                raise CaseError(f"{path}: another {key} than {first_path.name} of the same series; expected one "
+                                "patient and one scan. Export the series anew")
+        kind = str(header.get("RescaleType") or "HU").upper()
+        if kind not in ("HU", "US"):
+            raise CaseError(f"{path}: RescaleType {kind!r}; expected Hounsfield units (HU). Choose the planning CT, "
+                            "not an effective-atomic-number or electron-density image")
+        photometric = str(header.get("PhotometricInterpretation") or "MONOCHROME2")
+        if photometric != "MONOCHROME2" or int(header.get("NumberOfFrames") or 1) != 1:
+            raise CaseError(f"{path}: {photometric} with {header.get('NumberOfFrames') or 1} frame(s); expected "
+                            "single-frame MONOCHROME2 CT images. Convert them")
+
+
 def check_geometry(slices: Sequence[tuple[Dataset, Path]], notes: list[str]) -> tuple[Grid, list[int]]:
     """Grid of a series and the order of its slices along the normal.
 
@@ -98,6 +117,8 @@ def check_geometry(slices: Sequence[tuple[Dataset, Path]], notes: list[str]) -> 
         for key in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns"):
             if header.get(key) is None or header.get(key) == "":
                 raise CaseError(f"{path}: no {key}; expected a CT slice with its geometry")
+        for key, count in (("ImagePositionPatient", 3), ("ImageOrientationPatient", 6), ("PixelSpacing", 2)):
+            numbers(header, key, count, path)
         if (header.Rows, header.Columns) != (first.Rows, first.Columns):
             raise CaseError(f"{path}: {header.Rows}x{header.Columns} pixels, {first_path.name} has "
                             f"{first.Rows}x{first.Columns}; one series must have one matrix")
@@ -107,18 +128,23 @@ def check_geometry(slices: Sequence[tuple[Dataset, Path]], notes: list[str]) -> 
                                 f"{first_path.name}; keep one orientation in the series")
     row, column = _floats(first, "ImageOrientationPatient").reshape(2, 3)
     normal = np.cross(row, column)
+    spacing = _floats(first, "PixelSpacing")  # (row, column) spacing: y first (PS3.3 10.7.1.3)
+    if abs(np.linalg.norm(row) - 1) > 1e-2 or abs(np.linalg.norm(normal) - 1) > 1e-2:
+        raise CaseError(f"{first_path}: ImageOrientationPatient {[*row, *column]}; expected two unit vectors at right "
+                        "angles. Export the series anew")
+    low, high = PIXEL_MM
+    if not (low <= spacing.min() and spacing.max() <= high):
+        raise CaseError(f"{first_path}: PixelSpacing {spacing} mm; expected {low:g} to {high:g} mm")
     positions = np.array([_floats(h, "ImagePositionPatient") for h, _ in slices])
     order = _sort_and_drop_repeats(slices, positions @ normal, notes)
     if len(order) < 2:
         raise CaseError(f"{first_path.parent}: {len(order)} CT slice; a volume needs at least two")
     step = _step(positions[order], normal, first_path.parent, notes)
     affine = np.eye(4)
-    spacing = _floats(first, "PixelSpacing")  # (row, column) spacing: y first (PS3.3 10.7.1.3)
     affine[:3, 0], affine[:3, 1], affine[:3, 2] = row * spacing[1], column * spacing[0], step
     affine[:3, 3] = positions[order[0]]
     shape = (int(first.Columns), int(first.Rows), len(order))
-    if np.prod(shape, dtype=np.int64) > MAX_VOXELS:
-        raise CaseError(f"{first_path.parent}: {shape} voxels exceed the limit of {MAX_VOXELS}; resample the CT")
+    check_bounds(shape, first_path.parent)
     return Grid(shape, affine), order
 
 
@@ -127,7 +153,7 @@ def _sort_and_drop_repeats(slices: Sequence, along: np.ndarray, notes: list[str]
     for i in np.argsort(along, kind="stable"):
         if order and abs(along[i] - along[order[-1]]) < 1e-3:
             (a, path_a), (b, path_b) = slices[order[-1]], slices[i]
-            same = a.SOPInstanceUID == b.SOPInstanceUID and path_a.read_bytes()[-1024:] == path_b.read_bytes()[-1024:]
+            same = a.SOPInstanceUID == b.SOPInstanceUID and path_a.read_bytes() == path_b.read_bytes()
             if not same:
                 raise CaseError(f"{path_a.name} and {path_b.name}: two different slices at the same position "
                                 f"({along[i]:.2f} mm along the normal); delete one of them")
@@ -164,15 +190,19 @@ def _step(positions: np.ndarray, normal: np.ndarray, folder: Path, notes: list[s
 
 def _read_slice(path: Path, out: np.ndarray) -> None:
     """Hounsfield units of one file into ``out`` ``(rows, columns)``."""
+    dataset = read_dataset(path)
     try:
-        dataset = pydicom.dcmread(path, force=True)
         pixels = dataset.pixel_array
     except Exception as error:  # pydicom's decoders raise many kinds; each means that this slice cannot be read
-        raise CaseError(f"{path}: the pixels cannot be decoded ({type(error).__name__}: {error}). Copy the file again, "
+        text = " ".join(str(error).split())[:300]
+        raise CaseError(f"{path}: the pixels cannot be decoded ({type(error).__name__}: {text}). Copy the file again, "
                         "or for JPEG compression install python-gdcm, or pylibjpeg and its plugins") from error
     if pixels.shape != out.shape:
         raise CaseError(f"{path}: pixel data of shape {pixels.shape}, the header tells {out.shape}")
     slope, intercept = _rescale(dataset) or (1.0, 0.0)
+    if not (np.isfinite([slope, intercept]).all() and slope > 0):
+        raise CaseError(f"{path}: RescaleSlope {slope:g}, RescaleIntercept {intercept:g}; expected a positive slope "
+                        "and finite numbers. Export the CT anew")
     np.multiply(pixels, np.float32(slope), out=out, casting="unsafe")
     out += np.float32(intercept)
 

@@ -9,23 +9,22 @@ PrescriptionGy, NumberOfFractions; CTSeriesInstanceUID and, in the order of ``k`
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydicom.errors import InvalidDicomError
-from pydicom.filereader import read_partial
-from pydicom.tag import Tag
 
 from custom.case import BODY, Case, CaseError, Grid, resample
+from custom.io.consistency import check_isocentres, check_same_frame, check_same_patient
 from custom.io.course import (
+    ReadOptions,
     beams_by_name,
     body_from_ct,
     case_name,
+    check_dose,
+    check_hu,
     default_isocenter_mm,
     guess_site,
     prescribe,
@@ -35,126 +34,103 @@ from custom.io.ct import CT_SOP_CLASS, ENHANCED_CT_SOP_CLASS, CtSeries, read_ct
 from custom.io.rtdose import RTDOSE_SOP_CLASS, combine_doses, read_rtdose
 from custom.io.rtplan import ION_PLAN_SOP_CLASS, RTPLAN_SOP_CLASS, Plan, read_rtplan
 from custom.io.rtstruct import RTSTRUCT_SOP_CLASS, StructureSet, rasterise, read_rtstruct, rt_utils_mask
-from custom.rois import RoiAssignment, RoiTable, assign_rois
+from custom.io.scan import DicomFile, scan_dicom
+from custom.rois import RoiAssignment, assign_rois
 
 __all__ = ["DicomFile", "read_dicom", "scan_dicom"]
 
 DEFAULT_BEAMS = {"VMAT": "vmat2", "IMRT": "imrt9"}
-MASK_ENGINES = ("exact", "rt_utils")
-NOT_DICOM = {".csv", ".gz", ".html", ".jpg", ".json", ".md", ".nii", ".npy", ".npz", ".nrrd", ".pdf", ".png", ".py",
-             ".txt", ".xlsx", ".xml", ".zip"}
 KEPT_INSIDE = 0.5
-TAGS = [0x00080016, 0x00080018, 0x00080060, 0x0020000E, 0x00200052]  # SOP class and UID, modality, series, frame
+MAX_LOST_TARGET = 0.01
 _VALID = {
     "StudyDate": r"\d{8}", "PatientBirthDate": r"\d{8}", "StudyTime": r"\d{2,6}(\.\d{1,6})?", "PatientSex": "[MFO]",
     "StudyID": r"[^\\]{1,16}", "AccessionNumber": r"[^\\]{1,16}",
 }
 
 
-@dataclass(frozen=True)
-class DicomFile:
-    """Identity of one DICOM file."""
-
-    path: Path
-    sop_class: str
-    sop_uid: str
-    modality: str
-    series_uid: str
-    frame_uid: str
-
-
-def scan_dicom(folder: Path) -> list[DicomFile]:
-    """Every DICOM file under ``folder``, in a fixed order; other files and hidden ones are skipped."""
-    found = []
-    for root, folders, files in os.walk(folder):
-        folders[:] = sorted(d for d in folders if not d.startswith("."))
-        for name in sorted(files):
-            path = Path(root, name)
-            if name.startswith(".") or name.upper() == "DICOMDIR" or path.suffix.lower() in NOT_DICOM:
-                continue
-            entry = _identify(path)
-            if entry is not None:
-                found.append(entry)
-    return found
-
-
-def _identify(path: Path) -> DicomFile | None:
-    try:
-        with path.open("rb") as file:
-            header = read_partial(file, stop_when=lambda tag, vr, length: tag > TAGS[-1],
-                                  specific_tags=[Tag(t) for t in TAGS], force=path.suffix.lower() == ".dcm")
-        values = [str(header[t].value or "") if t in header else "" for t in TAGS]
-    except (InvalidDicomError, OSError, EOFError, ValueError, KeyError, AttributeError, NotImplementedError):
-        return None
-    return DicomFile(path, *values) if values[0] else None
-
-
-def read_dicom(
-    path: str | Path,
-    *,
-    prescription_gy=None,
-    technique: str | None = None,
-    site: str | None = None,
-    roi_map=None,
-    default_beams: str | None = None,
-    table: RoiTable | None = None,
-    mask_engine: str = "exact",
-) -> Case:
+def read_dicom(path: str | Path, options: ReadOptions | None = None) -> Case:
     """Read the one study under ``path``.
 
     Args:
         path: a folder, searched to any depth, or an RTSTRUCT file whose folder (or the one above) holds the rest.
-        prescription_gy, technique, site, roi_map, default_beams: as in :func:`custom.io.read_case`.
-        table: ROI alias table.
-        mask_engine: "exact", or "rt_utils" for the masks of that package on square images.
+        options: what the user tells.
 
     Raises:
         CaseError: when there is no CT, no RTSTRUCT, or more than one that fits.
     """
-    path = Path(path)
-    if mask_engine not in MASK_ENGINES:
-        raise CaseError(f"mask_engine {mask_engine!r}; expected one of {MASK_ENGINES}")
+    path, options = Path(path), options or ReadOptions()
     files = _files_around(path)
     notes: list[str] = []
     plans = _read_plans(files, notes)
     structures = _choose_structures(path, files, plans)
     plan = _choose_plan(plans, structures, notes)
     ct = read_ct([f.path for f in _choose_ct_series(path, files, structures, notes)])
-    _check_contours_hit(structures, ct.grid)
+    _check_together(ct, structures, plan, notes)
     notes += ct.notes + structures.notes + (plan.notes if plan else [])
 
     rois = [r for r in structures.rois if r.contours]
     names = [r.name for r in rois]
-    chosen = assign_rois(names, table, roi_map)
+    chosen = assign_rois(names, options.table, options.roi_map)
     plan_gy = _plan_prescription(plan, rois, chosen)
     notes += chosen.notes
-    levels, more = prescribe(chosen, names, prescription_gy, plan_gy, table)
+    levels, more = _prescribe(structures, names, chosen, plan_gy, options)
     notes += more
-    masks = {}
-    for name, i in chosen.index.items():
-        masks[name] = (rasterise(rois[i], ct.grid, notes) if mask_engine == "exact"
-                       else rt_utils_mask(structures, rois[i], ct.files, ct.grid))
+    masks = {name: _mask(structures, rois[i], ct, options.mask_engine, notes, name in levels)
+             for name, i in chosen.index.items()}
     if BODY not in masks:
         masks[BODY] = _body(rois, ct, notes)
-    beams = _beams(plan, default_beams, technique, masks, levels, ct.grid, notes)
+    check_hu(ct.hu, masks[BODY], path)
+    beams = _beams(plan, options, masks, levels, ct.grid, notes)
+    check_isocentres(beams, masks[BODY], ct.grid, plan.path if plan else path, notes)
+    site = options.site
     if site is None:
         site, note = guess_site(masks)
         notes += [note] if note else []
     dose_gy, dose_grid = _dose(files, plan, ct, notes)
     return Case(
         name=case_name(path), grid=ct.grid, ct_hu=ct.hu, masks=masks, prescription_gy=levels, beams=beams,
-        technique=technique or technique_of(beams), site=site, dose_gy=dose_gy, dose_grid=dose_grid,
+        technique=options.technique or technique_of(beams), site=site, dose_gy=dose_gy, dose_grid=dose_grid,
         source={"format": "dicom", "path": str(path), "notes": list(dict.fromkeys(notes)),
                 "references": _references(ct, structures, plan, max(levels.values()))},
     )
 
 
+def _check_together(ct: CtSeries, structures: StructureSet, plan: Plan | None, notes: list[str]) -> None:
+    objects = {ct.files[0]: ct.header, structures.path: structures.dataset}
+    if plan is not None:
+        objects[plan.path] = plan.dataset
+        check_same_frame(plan.path, str(plan.dataset.get("FrameOfReferenceUID") or ""),
+                         str(ct.header.get("FrameOfReferenceUID") or ""))
+    check_same_patient(objects, notes)
+    _check_contours_hit(structures, ct.grid)
+
+
+def _prescribe(structures: StructureSet, names: list[str], chosen: RoiAssignment, plan_gy, options: ReadOptions):
+    """Prescription by target, and notes; where there is none, the error also names the ROIs without contours."""
+    try:
+        return prescribe(chosen, names, options.prescription_gy, plan_gy, options.table)
+    except CaseError as error:
+        empty = [r.name for r in structures.rois if not r.contours]
+        more = f" (ROIs without a closed contour: {', '.join(map(repr, empty))})" if empty else ""
+        raise CaseError(f"{structures.path}: {error}{more}") from error
+
+
+def _mask(structures: StructureSet, roi, ct: CtSeries, engine: str, notes: list[str], is_target: bool) -> np.ndarray:
+    if engine == "rt_utils":
+        return rt_utils_mask(structures, roi, ct.files, ct.grid)
+    return rasterise(roi, ct.grid, notes, max_lost=MAX_LOST_TARGET if is_target else 1.0)
+
+
 def _files_around(path: Path) -> list[DicomFile]:
     """Files of the folder; for an RTSTRUCT file those of its folder, or of the one above when no CT is there."""
-    if path.is_dir():
-        return scan_dicom(path)
-    files = scan_dicom(path.parent)
-    return files if any(f.sop_class == CT_SOP_CLASS for f in files) else scan_dicom(path.parent.parent)
+    damaged: list[Path] = []
+    files = scan_dicom(path if path.is_dir() else path.parent, damaged)
+    if path.is_file() and not any(f.sop_class == CT_SOP_CLASS for f in files):
+        files = scan_dicom(path.parent.parent, damaged)
+    if damaged:
+        raise CaseError(f"{damaged[0]}: empty, cut short, deflated or no DICOM file at all ({len(damaged)} such "
+                        "file(s)); expected only whole DICOM files. Copy it anew, or delete it")
+    return files
 
 
 def _read_plans(files: Sequence[DicomFile], notes: list[str]) -> list[Plan]:
@@ -280,10 +256,10 @@ def _body(rois, ct: CtSeries, notes: list[str]) -> np.ndarray:
     return body_from_ct(ct.hu)
 
 
-def _beams(plan, default_beams, technique, masks, levels, grid, notes):
+def _beams(plan: Plan | None, options: ReadOptions, masks, levels, grid: Grid, notes: list[str]):
     if plan is not None:
         return plan.beams
-    name = default_beams or DEFAULT_BEAMS.get(technique or "IMRT", "imrt9")
+    name = options.default_beams or DEFAULT_BEAMS.get(options.technique or "IMRT", "imrt9")
     notes.append(f"no RTPLAN: default beams {name!r} around the centre of the targets")
     return beams_by_name(name, default_isocenter_mm(masks, levels, grid))
 
@@ -295,10 +271,8 @@ def _dose(files: Sequence[DicomFile], plan: Plan | None, ct: CtSeries, notes: li
         return None, None
     dose, more = combine_doses(doses, plan.sop_uid if plan else "", plan.fractions if plan else None)
     notes += more
-    frame = str(ct.header.get("FrameOfReferenceUID") or "")
-    if frame and dose.frame_uid and frame != dose.frame_uid:
-        raise CaseError(f"{dose.path}: the dose lies in frame of reference {dose.frame_uid}, the CT in {frame}; "
-                        "remove the file or export both from one plan")
+    check_same_frame(dose.path, dose.frame_uid, str(ct.header.get("FrameOfReferenceUID") or ""))
+    check_dose(dose.gy, dose.path)
     return resample(dose.gy, dose.grid, ct.grid), dose.grid
 
 

@@ -10,18 +10,20 @@ import pydicom
 
 from custom.case import CaseError
 from custom.io.ct import CT_SOP_CLASS, ENHANCED_CT_SOP_CLASS
-from custom.io.dicom_folder import DicomFile, scan_dicom
 from custom.io.openkbp import is_openkbp_folder
 from custom.io.rtplan import RTPLAN_SOP_CLASS
 from custom.io.rtstruct import RTSTRUCT_SOP_CLASS
+from custom.io.scan import DicomFile, scan_dicom
 
 __all__ = ["find_cases", "is_gdp_hmm_file"]
 
 
 def is_gdp_hmm_file(path: Path) -> bool:
-    """True for an ``.npz`` whose one entry is ``arr_0``."""
-    if path.suffix.lower() != ".npz" or not zipfile.is_zipfile(path):
+    """True for an ``.npz`` whose one entry is ``arr_0``, and for a damaged one: its reader says so."""
+    if path.suffix.lower() != ".npz" or not path.is_file():
         return False
+    if not zipfile.is_zipfile(path):
+        return True
     with zipfile.ZipFile(path) as archive:
         return archive.namelist() == ["arr_0.npy"]
 

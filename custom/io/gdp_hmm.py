@@ -6,9 +6,6 @@ unless the dict tells its spacing. The pickle is read by an unpickler that admit
 
 from __future__ import annotations
 
-import io
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,106 +14,101 @@ import numpy as np
 from scipy import ndimage
 
 from custom.case import BODY, Beam, Case, CaseError, Grid, Technique
-from custom.io.course import beams_by_name, case_name, default_isocenter_mm, guess_site, prescribe
+from custom.io.consistency import check_isocentres
+from custom.io.course import (
+    ReadOptions,
+    beams_by_name,
+    case_name,
+    check_dose,
+    check_hu,
+    default_isocenter_mm,
+    guess_site,
+    prescribe,
+)
+from custom.io.dataset import check_bounds
+from custom.io.npz_dict import read_npz_dict
 from custom.rois import RoiAssignment, RoiTable, assign_rois
 
-__all__ = ["read_gdp_hmm", "read_gdp_hmm_dict"]
+__all__ = ["read_gdp_hmm"]
 
 SPACING_ZYX_MM = (2.0, 2.5, 2.5)
 HU_RANGE = (-1024, 3071)
+VOXEL_MM, MAX_ANGLES = (0.2, 20.0), 1000
 NOT_STRUCTURES = {"all_mask", "angle_list", "angle_plate", "beam_plate", "direction", "dose", "dose_scale", "img",
                   "isVMAT", "isocenter", "origin", "size", "spacing"}
-# globals that a pickle of numpy arrays and scalars names, in numpy 1 and 2
-_ADMITTED = {
-    (f"numpy.{core}.{module}", name)
-    for core in ("core", "_core")
-    for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))
-} | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
 IPSILATERAL, CONTRALATERAL = ("ips", "lps"), ("con",)
 
 
-class _Unpickler(pickle.Unpickler):
-    """Admits numpy arrays and plain values; any other global is refused, so that a file cannot run code."""
-
-    def find_class(self, module: str, name: str):
-        if (module, name) in _ADMITTED or module == "numpy.dtypes":
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"the file names {module}.{name}; only numpy arrays and plain values are admitted")
-
-
-def read_gdp_hmm_dict(path: str | Path) -> dict[str, Any]:
-    """The dict of one file.
-
-    Raises:
-        CaseError: for a file in another layout, or one that wants to load anything but arrays and plain values.
-    """
-    path = Path(path)
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as raw:
-            stream = io.BytesIO(raw.read())
-        version = np.lib.format.read_magic(stream)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(stream)
-        if not dtype.hasobject or shape != ():
-            raise CaseError(f"{path}: arr_0 is a {dtype} array of shape {shape}; expected a dict (GDP-HMM layout)")
-        content = _Unpickler(stream).load()
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        if isinstance(error, CaseError):
-            raise
-        raise CaseError(f"{path}: not a GDP-HMM file ({error})") from error
-    content = content.item() if isinstance(content, np.ndarray) else content
-    if not isinstance(content, dict):
-        raise CaseError(f"{path}: arr_0 holds a {type(content).__name__}; expected a dict (GDP-HMM layout)")
-    return content
-
-
-def read_gdp_hmm(
-    path: str | Path,
-    *,
-    prescription_gy=None,
-    technique: str | None = None,
-    site: str | None = None,
-    roi_map=None,
-    default_beams: str | None = None,
-    table: RoiTable | None = None,
-) -> Case:
+def read_gdp_hmm(path: str | Path, options: ReadOptions | None = None) -> Case:
     """Read one plan. The dose levels lie in the data set's ``PTV_DICT.json``: pass them as ``prescription_gy``.
 
     Structures that are only there without their overlap with the PTV (``Larynx-PTV``) stand for the organ, with a note.
 
+    Args:
+        path: the ``.npz`` file.
+        options: what the user tells.
+
     Raises:
-        CaseError: for another layout, or without a prescription.
+        CaseError: for another layout, values that no plan has, or without a prescription.
     """
-    path = Path(path)
-    content = read_gdp_hmm_dict(path)
-    image = content.get("img")
-    if not isinstance(image, np.ndarray) or image.ndim != 3:
-        raise CaseError(f"{path}: no 3D array 'img'; found the keys {sorted(map(str, content))}")
-    grid = _grid(content, image.shape)
-    names = [k for k, v in content.items() if k not in NOT_STRUCTURES and isinstance(v, np.ndarray)
-             and v.shape == image.shape and v.any()]
-    rois = _assign(names, content, roi_map, table)
+    path, options = Path(path), options or ReadOptions()
+    content = read_npz_dict(path)
+    image = _volume(content, "img", None, path)
+    grid = _grid(content, image.shape, path)
+    names = [k for k, v in content.items() if k not in NOT_STRUCTURES and isinstance(v, np.ndarray) and v.ndim == 3]
+    names = [k for k in names if _volume(content, k, image.shape, path).any()]
+    rois = _assign(names, content, options.roi_map, options.table)
     notes = list(rois.notes)
     masks = {name: _to_lps(content[names[i]] > 0) for name, i in rois.index.items()}
     if BODY not in masks:
-        raise CaseError(f"{path}: no Body; found {', '.join(names)}")
-    levels, more = prescribe(rois, names, prescription_gy, table=table)
+        raise CaseError(f"{path}: no Body; found {', '.join(names) or 'no structure'}. Take the file from the data set "
+                        "anew, or name the body in roi_map")
+    levels, more = prescribe(rois, names, options.prescription_gy, table=options.table)
     notes += more
     isocenter_mm = _isocenter_mm(content, grid, masks, levels, notes)
-    technique = technique or (Technique.VMAT if content.get("isVMAT") else Technique.IMRT)
-    beams = _beams(content, technique, isocenter_mm, default_beams, notes)
+    technique = options.technique or (Technique.VMAT if content.get("isVMAT") else Technique.IMRT)
+    beams = _beams(content, technique, isocenter_mm, options.default_beams, notes)
+    check_isocentres(beams, masks[BODY], grid, path, notes)
+    site = options.site
     if site is None:
         site, note = guess_site(masks)
         notes += [note] if note else []
-    dose_gy = None
-    if isinstance(content.get("dose"), np.ndarray) and content["dose"].shape == image.shape:
-        dose_gy = _to_lps(content["dose"].astype(np.float32)) * np.float32(content.get("dose_scale", 1.0))
+    ct_hu = np.clip(_to_lps(image.astype(np.float32)), *HU_RANGE)
+    check_hu(ct_hu, masks[BODY], path)
+    dose_gy = _dose(content, image.shape, path)
     return Case(
-        name=case_name(path), grid=grid, ct_hu=np.clip(_to_lps(image.astype(np.float32)), *HU_RANGE), masks=masks,
-        prescription_gy=levels, beams=beams, technique=technique, site=site, dose_gy=dose_gy,
-        dose_grid=grid if dose_gy is not None else None,
+        name=case_name(path), grid=grid, ct_hu=ct_hu, masks=masks, prescription_gy=levels, beams=beams,
+        technique=technique, site=site, dose_gy=dose_gy, dose_grid=grid if dose_gy is not None else None,
         source={"format": "gdp_hmm", "path": str(path), "notes": notes},
     )
+
+
+def _volume(content: Mapping[str, Any], key: str, shape: tuple[int, ...] | None, path: Path) -> np.ndarray:
+    """A 3D array of finite numbers, of ``shape`` where it is given."""
+    array = content.get(key)
+    if not isinstance(array, np.ndarray) or array.ndim != 3 or array.dtype.kind not in "biuf":
+        found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise CaseError(f"{path}: {key!r} is {found}; expected a 3D array of numbers. Found the keys "
+                        f"{sorted(map(str, content))}")
+    if shape is not None and array.shape != shape:
+        raise CaseError(f"{path}: {key!r} has the shape {array.shape}; expected that of 'img', {shape}. Take the file "
+                        "from the data set anew")
+    check_bounds(array.shape, path)
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise CaseError(f"{path}: {key!r} holds values that are not finite; take the file from the data set anew")
+    return array
+
+
+def _dose(content: Mapping[str, Any], shape: tuple[int, ...], path: Path) -> np.ndarray | None:
+    """Gy; None where the file has no dose."""
+    if content.get("dose") is None:
+        return None
+    scale = np.asarray(content.get("dose_scale", 1.0), dtype=np.float64).ravel()
+    if scale.size != 1 or not np.isfinite(scale).all() or scale[0] <= 0:
+        raise CaseError(f"{path}: dose_scale {scale}; expected one positive number")
+    dose_gy = _to_lps(_volume(content, "dose", shape, path).astype(np.float32)) * np.float32(scale[0])
+    check_dose(dose_gy, path)
+    return dose_gy
 
 
 def _to_lps(array: np.ndarray) -> np.ndarray:
@@ -124,12 +116,14 @@ def _to_lps(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array.transpose(2, 1, 0))
 
 
-def _grid(content: Mapping[str, Any], shape_zyx: tuple[int, ...]) -> Grid:
+def _grid(content: Mapping[str, Any], shape_zyx: tuple[int, ...], path: Path) -> Grid:
     """``spacing`` and ``origin`` are (x, y, z) where present, as SimpleITK has them."""
     spacing = np.asarray(content.get("spacing", SPACING_ZYX_MM[::-1]), dtype=np.float64).ravel()
     origin = np.asarray(content.get("origin", (0.0, 0.0, 0.0)), dtype=np.float64).ravel()
-    if spacing.size != 3 or origin.size != 3 or (spacing <= 0).any():
-        raise CaseError(f"GDP-HMM: spacing {spacing} and origin {origin}; expected three values each, in mm")
+    low, high = VOXEL_MM
+    if spacing.size != 3 or origin.size != 3 or not (low <= spacing.min() and spacing.max() <= high):
+        raise CaseError(f"{path}: spacing {spacing} and origin {origin}; expected three values each, voxels of {low:g} "
+                        f"to {high:g} mm")
     return Grid.axis_aligned(shape_zyx[::-1], spacing, origin)
 
 
@@ -176,6 +170,9 @@ def _isocenter_mm(content, grid: Grid, masks, levels, notes: list[str]):
 
 def _beams(content, technique: str, isocenter_mm, default_beams: str | None, notes: list[str]) -> tuple[Beam, ...]:
     angles = [float(a) % 360.0 for a in np.asarray(content.get("angle_list", []), dtype=np.float64).ravel()]
+    if not np.isfinite(angles).all() or len(angles) > MAX_ANGLES:
+        raise CaseError(f"angle_list holds {len(angles)} values, not all of them angles; expected up to {MAX_ANGLES} "
+                        "in degrees")
     if not angles:
         name = default_beams or ("vmat2" if technique == Technique.VMAT else "imrt9")
         notes.append(f"no beam angles: default beams {name!r}")

@@ -18,6 +18,7 @@ from pydicom.valuerep import format_number_as_ds
 
 from custom import __version__
 from custom.case import CaseError, Grid, resample
+from custom.io.dataset import check_bounds, numbers, read_dataset, reading
 
 __all__ = ["PREDICTED", "RTDOSE_SOP_CLASS", "Dose", "combine_doses", "read_rtdose", "write_rtdose"]
 
@@ -57,19 +58,26 @@ def read_rtdose(path: str | Path) -> Dose:
         CaseError: for relative or planar doses, an uneven grid, or a file that cannot be decoded.
     """
     path = Path(path)
-    dataset = pydicom.dcmread(path, force=True)
+    dataset = read_dataset(path)
+    with reading(path):
+        return _dose(path, dataset)
+
+
+def _dose(path: Path, dataset: Dataset) -> Dose:
     if dataset.get("SOPClassUID") != RTDOSE_SOP_CLASS:
         raise CaseError(f"{path}: SOP class {dataset.get('SOPClassUID')}; expected RT Dose")
     notes: list[str] = []
     if dataset.get("DoseGridScaling") in (None, ""):
         raise CaseError(f"{path}: no DoseGridScaling; expected a dose grid (not only DVHs)")
+    scaling = float(numbers(dataset, "DoseGridScaling", 1, path)[0])
+    check_bounds((dataset.Columns, dataset.Rows, dataset.get("NumberOfFrames") or 1), path)
     try:
         stored = dataset.pixel_array
     except Exception as error:  # pydicom's decoders raise many kinds; each means an unreadable dose
         raise CaseError(f"{path}: the dose pixels cannot be decoded ({type(error).__name__}: {error})") from error
     if stored.ndim != 3 or stored.shape[0] < 2:
         raise CaseError(f"{path}: a planar dose of shape {stored.shape}; expected a volume")
-    gy = np.multiply(stored, float(dataset.DoseGridScaling), dtype=np.float64)
+    gy = np.multiply(stored, scaling, dtype=np.float64)
     units = str(dataset.get("DoseUnits") or "").upper()
     if units == "CGY" or (units != "GY" and gy.max() > HIGHEST_GY and units != "RELATIVE"):
         gy *= 0.01
@@ -91,15 +99,15 @@ def _read_grid(dataset: Dataset, path: Path) -> tuple[Grid, bool]:
     GridFrameOffsetVector is either relative to the first frame, along row x column, or holds the patient z of axial
     frames (PS3.3 C.8.8.3.2).
     """
-    row, column = np.array([float(v) for v in dataset.ImageOrientationPatient]).reshape(2, 3)
+    row, column = numbers(dataset, "ImageOrientationPatient", 6, path).reshape(2, 3)
     normal = np.cross(row, column)
-    origin = np.array([float(v) for v in dataset.ImagePositionPatient])
-    spacing = [float(v) for v in dataset.PixelSpacing]
+    origin, spacing = numbers(dataset, "ImagePositionPatient", 3, path), numbers(dataset, "PixelSpacing", 2, path)
     value = dataset.get("GridFrameOffsetVector")
     offsets = np.atleast_1d(np.array(value if value is not None else [], dtype=np.float64))
     frames = int(dataset.get("NumberOfFrames") or 1)
-    if offsets.size != frames:
-        raise CaseError(f"{path}: {offsets.size} values in GridFrameOffsetVector for {frames} frames")
+    if offsets.size != frames or not np.isfinite(offsets).all():
+        raise CaseError(f"{path}: {offsets.size} values in GridFrameOffsetVector for {frames} frames; expected one "
+                        "finite number a frame")
     if abs(offsets[0]) > 1e-4:
         axial = abs(abs(normal[2]) - 1) < 1e-4
         if not axial or abs(offsets[0] - origin[2]) > 0.1:

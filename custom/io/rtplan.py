@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pydicom
 from pydicom.dataset import Dataset
 
 from custom.case import Beam, CaseError
 from custom.io.course import ARC_STEP_DEG
+from custom.io.dataset import read_dataset, reading
 
 __all__ = ["ION_PLAN_SOP_CLASS", "RTPLAN_SOP_CLASS", "Plan", "read_rtplan", "to_head_first_supine_deg"]
 
@@ -75,7 +75,12 @@ def read_rtplan(path: str | Path) -> Plan:
         CaseError: for an ion plan or another object.
     """
     path = Path(path)
-    dataset = pydicom.dcmread(path, force=True)
+    dataset = read_dataset(path)
+    with reading(path):
+        return _plan(path, dataset)
+
+
+def _plan(path: Path, dataset: Dataset) -> Plan:
     sop = dataset.get("SOPClassUID")
     if sop == ION_PLAN_SOP_CLASS:
         raise CaseError(f"{path}: an RT Ion Plan; expected a photon RTPLAN. Leave it out to use default beams")
@@ -87,6 +92,8 @@ def read_rtplan(path: str | Path) -> Plan:
         notes.append("the RTPLAN has several fraction groups, the first is used")
     position = _patient_position(dataset, notes)
     beams, techniques = _treating_beams(dataset, group, position, notes)
+    if not np.isfinite([v for b in beams for v in (*b.gantry_deg, *b.isocenter_mm)]).all():
+        raise CaseError(f"{path}: a gantry angle or an isocentre is not a finite number; export the plan anew")
     if len({b.isocenter_mm for b in beams}) > 1:
         notes.append("the RTPLAN has several isocentres")
     fractions = group.get("NumberOfFractionsPlanned")

@@ -16,6 +16,7 @@ import pydicom
 from pydicom.dataset import Dataset
 
 from custom.case import CaseError, Grid
+from custom.io.dataset import read_dataset, reading
 
 __all__ = ["RTSTRUCT_SOP_CLASS", "Roi", "StructureSet", "rasterise", "read_rtstruct", "rt_utils_mask"]
 
@@ -24,6 +25,8 @@ CONTOUR_DATA = 0x30060050
 CLOSED_TYPES = {"CLOSED_PLANAR", "CLOSEDPLANAR", "CLOSEDPLANAR_XOR", ""}
 OFF_PLANE_SLICES = 0.3
 LOST_SHARE = 0.001
+FARTHEST_MM = 1e5
+CROSSINGS_AT_ONCE = 2**21
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,12 @@ def read_rtstruct(path: str | Path) -> StructureSet:
         CaseError: for a file that is no RTSTRUCT or whose contour data are not triplets of numbers.
     """
     path = Path(path)
-    dataset = pydicom.dcmread(path, force=True)
+    dataset = read_dataset(path)
+    with reading(path):
+        return _structures(path, dataset)
+
+
+def _structures(path: Path, dataset: Dataset) -> StructureSet:
     if dataset.get("SOPClassUID") != RTSTRUCT_SOP_CLASS:
         raise CaseError(f"{path}: SOP class {dataset.get('SOPClassUID')}; expected RT Structure Set")
     kinds = {int(o.ReferencedROINumber): str(o.get("RTROIInterpretedType") or "").upper()
@@ -101,6 +109,11 @@ def read_rtstruct(path: str | Path) -> StructureSet:
     empty = [r.name for r in rois if not r.contours]
     if empty:
         notes.append(f"ROIs without a closed contour, taken as absent: {', '.join(empty)}")
+    numbers_of: dict[str, list[str]] = {}
+    for roi in (r for r in rois if r.contours):
+        numbers_of.setdefault(roi.name, []).append(str(roi.number))
+    notes += [f"several ROIs are called {name!r} (ROI numbers {', '.join(found)}); the first is used"
+              for name, found in numbers_of.items() if len(found) > 1]
     return StructureSet(path, dataset, tuple(rois), notes)
 
 
@@ -112,6 +125,9 @@ def _closed_contours(sequence, path: Path, name: str) -> tuple[tuple[np.ndarray,
             points = _triplets(contour.get_item(CONTOUR_DATA)) if CONTOUR_DATA in contour else np.zeros((0, 3))
         except (TypeError, ValueError) as error:
             raise CaseError(f"{path}: ROI {name!r} has contour data that are no x, y, z triplets ({error})") from error
+        if not np.isfinite(points).all() or (points.size and np.abs(points).max() > FARTHEST_MM):
+            raise CaseError(f"{path}: ROI {name!r} has contour points that are not finite or beyond {FARTHEST_MM:g} "
+                            "mm; delete the ROI or export it anew")
         if kind in CLOSED_TYPES and len(points) >= 3:
             contours.append(points)
         else:
@@ -127,13 +143,14 @@ def _triplets(element) -> np.ndarray:
     return np.array(numbers, dtype=np.float64).reshape(-1, 3)
 
 
-def rasterise(roi: Roi, grid: Grid, notes: list[str] | None = None) -> np.ndarray:
+def rasterise(roi: Roi, grid: Grid, notes: list[str] | None = None, max_lost: float = 1.0) -> np.ndarray:
     """Voxels whose centre lies inside the ROI.
 
     Args:
         roi: the contours; a contour fills the slice nearest to it.
         grid: any orientation; ``k`` is the slice axis.
         notes: contours outside the image or between slices are reported here.
+        max_lost: share of its volume outside the image beyond which the ROI is refused, as for a target.
 
     Returns:
         boolean ``grid.shape``.
@@ -147,6 +164,9 @@ def rasterise(roi: Roi, grid: Grid, notes: list[str] | None = None) -> np.ndarra
     inside = (slices >= 0) & (slices < grid.shape[2])
     total = sum(abs(_area(p)) for p in points)
     lost = sum(_area_outside(p, grid.shape) if ok else abs(_area(p)) for p, ok in zip(points, inside))
+    if total > 0 and lost / total > max_lost:
+        raise CaseError(f"ROI {roi.name!r}: {100 * lost / total:.1f} % of its volume lies outside the CT; expected at "
+                        f"most {100 * max_lost:g} % of a target. Add the missing slices, or the CT it was drawn on")
     if total > 0 and lost / total > LOST_SHARE:
         notes.append(f"{roi.name}: {100 * lost / total:.1f} % of its volume lies outside the image, cut off")
     points, slices = [p for p, ok in zip(points, inside) if ok], slices[inside]
@@ -207,16 +227,19 @@ def _even_odd(polygons: Sequence[np.ndarray], slices: np.ndarray, shape: tuple[i
     start = np.concatenate(polygons)
     end = np.concatenate([np.roll(p, -1, axis=0) for p in polygons])
     k = np.repeat(slices, [len(p) for p in polygons])
-    first = np.ceil(np.minimum(start[:, 1], end[:, 1])).astype(int).clip(0, shape[1])
-    stop = np.ceil(np.maximum(start[:, 1], end[:, 1])).astype(int).clip(0, shape[1])
+    first = np.ceil(np.minimum(start[:, 1], end[:, 1])).clip(0, shape[1]).astype(int)
+    stop = np.ceil(np.maximum(start[:, 1], end[:, 1])).clip(0, shape[1]).astype(int)
     count = stop - first
-    edge = np.repeat(np.arange(len(start)), count)
-    j = first[edge] + np.arange(len(edge)) - np.repeat(np.cumsum(count) - count, count)
-    (i_a, j_a), (i_b, j_b) = start[edge].T, end[edge].T
-    crossing = i_a + (j - j_a) * (i_b - i_a) / np.where(j_b == j_a, 1.0, j_b - j_a)
-    i = np.ceil(crossing).astype(int).clip(0, shape[0])
     flips = np.zeros((shape[0] + 1, shape[1], shape[2]), dtype=np.uint8)
-    np.bitwise_xor.at(flips, (i, j, k[edge]), np.uint8(1))
+    batch = np.cumsum(count) // CROSSINGS_AT_ONCE  # bounds the memory of contours with very many points
+    for edges in np.split(np.arange(len(start)), np.flatnonzero(np.diff(batch)) + 1):
+        n = count[edges]
+        edge = np.repeat(edges, n)
+        j = first[edge] + np.arange(len(edge)) - np.repeat(np.cumsum(n) - n, n)
+        (i_a, j_a), (i_b, j_b) = start[edge].T, end[edge].T
+        crossing = i_a + (j - j_a) * (i_b - i_a) / np.where(j_b == j_a, 1.0, j_b - j_a)
+        i = np.ceil(crossing).clip(0, shape[0]).astype(int)
+        np.bitwise_xor.at(flips, (i, j, k[edge]), np.uint8(1))
     return np.bitwise_xor.accumulate(flips[:-1], axis=0).astype(bool)
 
 

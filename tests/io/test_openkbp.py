@@ -25,7 +25,8 @@ def write_patient(folder, ct=True, dose=True, **rois):
     for name, voxels in (rois or {"PTV70": block[:8], "LeftParotid": block[-3:], "SpinalCord": block[10:12]}).items():
         mask(name, voxels)
     if ct:
-        (folder / "ct.csv").write_text(f",data\n{flat(60, 50, 70)},1024.0\n{flat(61, 52, 71)},32743.0\n")
+        values = {flat(*v): 1024.0 for v in block} | {flat(61, 52, 71): 32743.0}
+        (folder / "ct.csv").write_text(",data\n" + "".join(f"{i},{v}\n" for i, v in values.items()))
     if dose:
         (folder / "dose.csv").write_text(f",data\n{flat(60, 50, 70)},70.5\n{flat(61, 52, 71)},1.25\n")
 
