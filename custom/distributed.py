@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+from monai.data import DistributedSampler
 from monai.engines import Evaluator
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,7 +24,8 @@ from custom.batch import BatchError
 from custom.case import CaseError
 from custom.datalists import is_done, prepare
 
-__all__ = ["DistributedObjective", "ShareOfCases", "prepare_shares", "share_of", "start", "stop"]
+__all__ = ["DistributedObjective", "ShareOfCases", "prepare_shares", "share_of", "start", "stop",
+           "validation_sampler"]
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +96,18 @@ class _Objective(nn.Module):
 
     def forward(self, batch: Mapping) -> dict[str, torch.Tensor]:
         return self.objective(self.network, batch)
+
+
+def validation_sampler(dataset: Sequence) -> DistributedSampler:
+    """Each process validates its own cases; every case counts once in the score.
+
+    Raises:
+        CaseError: fewer cases than processes, which would leave some waiting for the others' scores.
+    """
+    if len(dataset) < distributed.get_world_size():
+        raise CaseError(f"multi_gpu.json: {len(dataset)} validation cases for {distributed.get_world_size()} processes; "
+                        "each needs one. Give more cases, a larger --validation_share, or start fewer processes")
+    return DistributedSampler(dataset, shuffle=False, even_divisible=False)
 
 
 def prepare_shares(datasets: Sequence, num_workers: int = 2) -> None:
