@@ -37,6 +37,7 @@ CHOICES = {  # shown in the viewer; what is not chosen is taken from the files
     "default_beams": [FROM_FILES, "imrt9", "imrt7", "vmat1", "vmat2"],
 }
 OPTIONS = "displayable_configs"  # MONAI Label's name for what a viewer may change
+LOADER = "custom.transforms.load.LoadImageRTd"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -91,7 +92,9 @@ def viewer_config(config: Mapping[str, Any], levels: Sequence[float]) -> dict[st
     """The inference config with the viewer's options, its way of naming studies, and isodose labels."""
     out = _with_options(config)
     out[OPTIONS] = {**{name: config[name] for name in STEPS_AND_SAMPLES}, **CHOICES}
-    out["preprocessing"]["transforms"].insert(0, {"_target_": "custom.transforms.viewer.ViewerRequestd"})
+    for transform in out["preprocessing"]["transforms"]:
+        if transform["_target_"] == LOADER:
+            transform["_target_"] = "custom.transforms.viewer.LoadViewerStudyd"
     out["postprocessing"]["transforms"].append(
         {"_target_": "custom.transforms.viewer.IsodoseLabeld", "levels": list(levels)})
     return out

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from monai.config import KeysCollection
@@ -14,35 +15,42 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 from custom.case import Case, CaseError, Keys
+from custom.transforms.load import LoadImageRTd
 
-__all__ = ["FROM_FILES", "IsodoseLabeld", "ViewerRequestd"]
+__all__ = ["FROM_FILES", "IsodoseLabeld", "LoadViewerStudyd"]
 
 FROM_FILES = "from the files"
 VOLUMES = (".nii.gz", ".nii", ".nrrd")
 RESULT = "result"  # MONAI Label sends this entry back as JSON
 
 
-class ViewerRequestd(MapTransform):
-    """Turn a viewer's request into what :class:`custom.transforms.load.LoadImageRTd` takes.
+class LoadViewerStudyd(LoadImageRTd):
+    """Load the study that a viewer's request means.
 
     A viewer opens volumes, the prediction needs the DICOM study with its structures: the volume ``NAME.nii.gz`` of a
-    MONAI Label datastore stands for the folder ``NAME`` beside it. Folders and DICOM files are left as they are.
+    MONAI Label datastore stands for the folder ``NAME`` beside it. Folders and DICOM files are loaded as they are.
     Options that a viewer leaves at "from the files", empty or 0 are taken away, so that the files decide.
 
     Args:
         keys: key of the path.
-        options: names of the options that may be left to the files.
+        **options: of :class:`custom.transforms.load.LoadImageRTd`.
 
     Raises:
-        CaseError: for a volume without a study beside it, or a prescription that is no number.
+        HTTPException: 422 with the message of the :class:`custom.case.CaseError`, so that the viewer's user reads it.
+        CaseError: the same outside a web server.
     """
 
-    def __init__(self, keys: KeysCollection = Keys.IMAGE,
-                 options: Sequence[str] = ("prescription_gy", "technique", "site", "default_beams")) -> None:
-        super().__init__(keys)
-        self.options = tuple(options)
+    def __init__(self, keys: KeysCollection = Keys.IMAGE, **options: Any) -> None:
+        super().__init__(keys, **options)
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
+        try:
+            return super().__call__(self.request(data))
+        except CaseError as error:
+            raise _for_the_viewer(error) from error
+
+    def request(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
+        """The request as the loader takes it."""
         out = dict(data)
         for key in self.key_iterator(out):
             out[key] = str(study_of(Path(str(out[key]))))
@@ -53,6 +61,15 @@ class ViewerRequestd(MapTransform):
         if isinstance(out.get("prescription_gy"), str):
             out["prescription_gy"] = _number(out["prescription_gy"])
         return out
+
+
+def _for_the_viewer(error: CaseError) -> Exception:
+    """What MONAI Label's web framework answers with; "Internal Server Error" would be all the user saw."""
+    try:
+        from starlette.exceptions import HTTPException  # there in MONAI Label's environment only
+    except ImportError:
+        return error
+    return HTTPException(status_code=422, detail=str(error))
 
 
 def study_of(path: Path) -> Path:
@@ -106,7 +123,7 @@ class IsodoseLabeld(MapTransform):
                 "warnings": [str(text) for text in out.get("warnings", ())],
             }
             if integers:
-                values = torch.as_tensor(dose).contiguous()
+                values = (dose.as_tensor() if isinstance(dose, MetaTensor) else dose).contiguous()
                 bands = torch.bucketize(values, torch.tensor(levels_gy, dtype=values.dtype), right=True)
                 out[key] = MetaTensor(bands.to(torch.float32), affine=dose.affine)
         return out
