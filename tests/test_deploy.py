@@ -139,11 +139,11 @@ def test_the_packager_takes_the_folders_as_far_as_docker(tmp_path):
     docker.chmod(0o755)
     images = {kind: {"x64-workstation": "image"} for kind in ("igpu", "dgpu", "cpu")}
     listed = {"wheel-version": "1", "debian-version": "1", "base-images": images, "build-images": images}
-    version = subprocess.run([str(PYTHON), "-c", "from importlib.metadata import version as v; print(v('holoscan-cu13'))"],
-                             capture_output=True, text=True, timeout=60).stdout.strip()
+    ask = "from importlib.metadata import version; print(version('holoscan-cu13'))"
+    version = subprocess.run([str(PYTHON), "-c", ask], capture_output=True, text=True, timeout=60).stdout.strip()
     (tmp_path / "images.json").write_text(json.dumps({version: {"holoscan": listed}}))
-    command = [str(PYTHON.with_name("monai-deploy")), "package", "map/app", "-c", "map/app/app.yaml", "-m", "map/models",
-               "-t", "rt_ct_dose_prediction:0.1.0", "--platform", "x86_64", "--source", "images.json"]
+    command = [str(PYTHON.with_name("monai-deploy")), "package", "map/app", "-c", "map/app/app.yaml", "-m",
+               "map/models", "-t", "rt_ct_dose_prediction:0.1.0", "--platform", "x86_64", "--source", "images.json"]
     path = os.pathsep.join([str(docker.parent), str(PYTHON.parent), os.environ["PATH"]])
     done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True,
                           timeout=300)
