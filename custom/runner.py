@@ -10,6 +10,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from monai.bundle import ConfigParser
@@ -97,11 +98,23 @@ def check_arguments(argv: Sequence[str]) -> None:
         return
     unknown = unknown_keys([layer for _, layer in layers], entries)
     for (place, _), keys in zip(layers, unknown, strict=True):
+        served = _other_stages(place) if keys else set()
+        keys = [key for key in keys if key not in served]
         if keys:
             known = {_name(key) for _, layer in layers for key in layer} - set(keys)
             near = difflib.get_close_matches(keys[0], known, n=1)
             raise CaseError(f"config: unknown key {keys[0]!r} in {place}; expected one that the config files define"
                             + (f". Did you mean {near[0]!r}?" if near else f", such as {', '.join(sorted(known)[:8])}"))
+
+
+def _other_stages(place: str) -> set[str]:
+    """Keys that a system's file may set for stages that this run is none of: it is one file for all three commands."""
+    path = Path(place)
+    if path.parent.name != "systems":
+        return set()
+    stages = [path.parent.parent / f"{stage}.json" for stage in ("train", "evaluate", "studies")]
+    found = [ConfigParser.load_config_file(str(stage)) for stage in stages if stage.is_file()]
+    return {_name(key) for stage in found for key in stage}.union(*map(_references, found))
 
 
 def unknown_keys(layers: Sequence[Mapping[str, Any]], entries: Sequence[str] | set[str] = ()) -> list[list[str]]:
