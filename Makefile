@@ -16,8 +16,9 @@ STAMP := $(VENV)/.installed-$(shell cat constraints.txt pyproject.toml | cksum |
 
 DEMO := demo
 DEMO_CASE := hn_demo
+PICTURE := bundle/docs/dose.png
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo bench picture test lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -61,6 +62,15 @@ demo: $(STAMP) | $(DEMO)/data/$(DEMO_CASE)  ## predict the dose of a synthetic h
 	    [ -s "$$path" ] || { echo "make: the run ended without $$path" >&2; exit 1; }; \
 	    echo "   $$path"; \
 	done
+
+BENCH_DIR ?= $(DEMO)/data/$(DEMO_CASE)
+bench: $(STAMP) | $(DEMO)/data/$(DEMO_CASE)  ## where the seconds of a prediction go (BENCH_DIR=cases, default: the demo case)
+	$(BIN)/python -m monai.bundle run benchmark \
+	    --config_file "['bundle/configs/inference.json','bundle/configs/studies.json']" \
+	    --dataset_dir $(BENCH_DIR) --output_dir $(DEMO)/benchmark
+
+picture: demo  ## the README's picture, from the demo's result
+	$(BIN)/python apps/picture.py $(DEMO)/data/$(DEMO_CASE) $(DEMO)/results/$(DEMO_CASE) $(PICTURE)
 
 test: $(STAMP)  ## all tests but those marked slow
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
