@@ -22,7 +22,10 @@ import torch
 from tqdm import tqdm
 
 from custom.case import BODY, Case, CaseError, DoseScale, Keys
+from custom.dosimetry.constraints import load_constraints
+from custom.dosimetry.dvh import parse_metric
 from custom.dosimetry.image_quality import fine_structure_ratio, psnr_db, ssim
+from custom.dosimetry.regions import regions
 from custom.metrics import case_metrics, summarise
 
 __all__ = ["CalibrationStudy", "Calibration", "PredictionStudy", "coverage", "fit_calibration", "without"]
@@ -31,7 +34,8 @@ logger = logging.getLogger(__name__)
 
 WORK = "work"
 LEVELS = (0.5, 0.8, 0.95)
-COLUMNS = ("dose_score", "dvh_score", "psnr_db", "ssim", "fine_structure_ratio", "seconds")
+COLUMNS = ("dose_score", "dvh_score", "psnr_db", "ssim", "fine_structure_ratio", "constraints_met_percent",
+           "reference_constraints_met_percent", "seconds")
 
 
 def without(case: Case, names: Sequence[str]) -> Case:
@@ -54,16 +58,21 @@ class PredictionStudy:
         dataset: items with ``case`` and ``work`` (:class:`custom.case.Case`), a reference dose among them.
         condition: transform from ``work`` to ``image``, applied anew for every set of inputs left out.
         network: with its weights.
-        ways: name -> ``{"inferer": ..., "without": [...]}``; ``without`` is empty by default.
+        ways: name -> ``{"inferer": ..., "without": [...], "condition": ...}``; the last two are empty and ``condition``
+            by default.
         restore: transform from ``pred`` to Gy on the case's own grid.
         output_dir: gets ``<name>.csv``, a line a case and way, and ``<name>.json``, a summary a way.
         name: of the study.
         device: where the network is.
+        constraints: the protocol whose compliance is measured; None takes the bundle's.
+        measured: further figures of the predicted dose, each a structure and a metric, as ``"SpinalCord Max[Gy]"``.
     """
 
     def __init__(self, dataset: Sequence[Mapping], condition: Callable, network: torch.nn.Module,
                  ways: Mapping[str, Mapping], restore: Callable, output_dir: str | Path, name: str = "study",
-                 device: torch.device | str = "cpu") -> None:
+                 device: torch.device | str = "cpu", constraints: str | Path | None = None,
+                 measured: Sequence[str] = ()) -> None:
+        self.constraints, self.measured = load_constraints(constraints), tuple(measured)
         self.dataset, self.condition, self.network, self.ways = dataset, condition, network, dict(ways)
         self.restore, self.path, self.device = restore, Path(output_dir) / name, torch.device(device)
 
@@ -81,7 +90,7 @@ class PredictionStudy:
                 continue
             pooled = summarise(own)
             summaries[way] = {"cases": len(own), "dose_score": pooled["dose_score"], "dvh_score": pooled["dvh_score"]}
-            summaries[way] |= {name: pooled["metrics"][name]["mean"] for name in COLUMNS[2:]}
+            summaries[way] |= {name: pooled["metrics"][name]["mean"] for name in (*COLUMNS[2:], *self.measured)}
         self._write(rows, summaries)
         return summaries
 
@@ -92,9 +101,11 @@ class PredictionStudy:
             left_out = tuple(how.get("without", ()))
             if left_out and not any(n in case.masks or (n == "CT" and case.ct_hu is not None) for n in left_out):
                 continue
-            if left_out not in images:
-                images[left_out] = self.condition({**item, WORK: without(item[WORK], left_out)})
-            data = images[left_out]
+            condition = how.get("condition", self.condition)
+            inputs = left_out, id(condition)
+            if inputs not in images:
+                images[inputs] = condition({**item, WORK: without(item[WORK], left_out)})
+            data = images[inputs]
             image = data[Keys.IMAGE][None].to(self.device)
             start = time.perf_counter()
             with torch.no_grad():
@@ -102,7 +113,19 @@ class PredictionStudy:
             seconds = time.perf_counter() - start
             dose_gy = self.restore({**data, Keys.PRED: dose[0]})[Keys.PRED][0].numpy()
             yield {"case": case.name, "way": way, "has_ct": int(case.ct_hu is not None and "CT" not in left_out),
-                   **case_metrics(case, dose_gy), **_looks(case, dose_gy), "seconds": seconds}
+                   **case_metrics(case, dose_gy, self.constraints), **_looks(case, dose_gy),
+                   **self._figures(case, dose_gy), "seconds": seconds}
+
+    def _figures(self, case: Case, dose_gy: np.ndarray) -> dict[str, float]:
+        """The figures of :attr:`measured`; nan for a structure that is not there."""
+        row = {}
+        for text in self.measured:
+            structure, metric = text.rsplit(" ", 1)
+            found = regions(structure, case)[:1]
+            values = [parse_metric(metric).evaluate(r.values(dose_gy), case.grid.voxel_cc, r.prescription_gy) for r in
+                      found]
+            row[text] = values[0] if values else float("nan")
+        return row
 
     def _write(self, rows: Sequence[Mapping], summaries: Mapping[str, Mapping]) -> None:
         names = list(dict.fromkeys(name for row in rows for name in row))
@@ -114,7 +137,8 @@ class PredictionStudy:
         with _whole_file(self.path.with_suffix(".json")) as stream:
             json.dump(summaries, stream, indent=1)
         for way, summary in summaries.items():
-            logger.info("%-24s %s", way, "  ".join(f"{name} {summary[name]:.4g}" for name in COLUMNS if name in summary))
+            logger.info("%-24s %s", way, "  ".join(f"{name} {summary[name]:.4g}" for name in
+                                                   (*COLUMNS, *self.measured) if name in summary))
 
 
 def _looks(case: Case, dose_gy: np.ndarray) -> dict[str, float]:

@@ -11,16 +11,17 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(path for path in (ROOT / "custom").rglob("*.py"))
 
 # Rooms of the house, lowest first; a room imports only from lower ones. A module's room is the first part of its
-# name below ``custom``; "report", "phantom" and "inferers" also stand for report_*, phantom_* and inferers_*.
+# name below ``custom``; the rooms in ``EXTENDED`` also stand for "report_*" and so on.
 LAYERS = (
     {"case"},
     {"rois"},
     {"io", "geometry", "dosimetry", "physics", "networks"},
     {"losses", "metrics", "protocol", "report", "phantom"},
-    {"transforms", "objectives", "inferers", "engines", "datalists", "batch", "runner", "studies", "pictures"},
+    {"transforms", "objectives", "inferers", "engines", "datalists", "batch", "runner", "studies", "benchmark", "pictures"},
     {"distributed"},
     {"release"},
 )
+EXTENDED = ("report", "phantom", "inferers", "objectives")
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 # Third-party packages and their homes: file formats live in io, and in the phantom that writes studies.
 HOMES = {"pydicom": {"io", "phantom"}, "rt_utils": {"io", "phantom"}, "nibabel": {"io"}}
@@ -31,7 +32,7 @@ def room_of(parts: tuple[str, ...]) -> str:
     """Room of a dotted name below ``custom``: ``("report_html",)`` -> ``"report"``; "" for the package itself."""
     if not parts:
         return ""
-    return next((room for room in ("report", "phantom", "inferers") if parts[0].startswith(f"{room}_")), parts[0])
+    return next((room for room in EXTENDED if parts[0].startswith(f"{room}_")), parts[0])
 
 
 def module_parts(path: Path) -> tuple[str, ...]:
