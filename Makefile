@@ -75,6 +75,31 @@ picture: demo  ## the README's picture, from the demo's result
 test: $(STAMP)  ## all tests but those marked slow
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# Model Zoo. SCHEMA: a copy of the zoo's metadata schema; ONLINE=1: may ask the package index; ZOO: a checkout of the
+# zoo, whose own verifier is then run too; RELEASE_VENV: where the environment for the trial run is made, and kept.
+SCHEMA ?= ../shared/zoo/meta_schema_20240725.json
+RELEASE_VENV ?= .venv-release
+RELEASE_TOOLS := $(STAMP)-release
+ZOO_OPTIONS = --schema $(SCHEMA) $(if $(ONLINE),--online) $(if $(ZOO),--zoo $(ZOO))
+
+.PHONY: metadata verify release dockerfile
+
+$(RELEASE_TOOLS): $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[release]'
+	@touch $@
+
+metadata: $(STAMP)  ## write the channels of inference.json into metadata.json
+	$(BIN)/python -m custom.release metadata
+
+verify: $(RELEASE_TOOLS)  ## the Model Zoo's checks of the bundle (SCHEMA=FILE ONLINE=1 ZOO=CHECKOUT)
+	$(BIN)/python -m custom.release verify $(ZOO_OPTIONS)
+
+release: $(RELEASE_TOOLS)  ## dist/<name>_v<version> and its zip, checked, and tried in an environment of its own
+	$(BIN)/python -m custom.release release $(ZOO_OPTIONS) --environment $(RELEASE_VENV)
+
+dockerfile: $(RELEASE_TOOLS)  ## lint the Dockerfile
+	$(BIN)/hadolint Dockerfile
+
 lint: $(STAMP)  ## ruff over the whole tree
 	$(BIN)/ruff check .
 
