@@ -40,10 +40,16 @@ class RestoreDosed(MapTransform):
     in fractions of the highest prescription on the working grid. It becomes a MetaTensor ``(1, I, J, K)`` in Gy on the
     grid of ``data["case"]``, finite, not negative and zero outside the body; the standard deviation goes to
     ``data["pred_std"]``.
+
+    Args:
+        keys: key of the network's output.
+        std_calibration: ``(scale, floor in Gy)``: the standard deviation becomes ``scale * sqrt(std^2 + floor^2)`` in
+            the body, as :class:`custom.studies.CalibrationStudy` measured it; None leaves the samples' own.
     """
 
-    def __init__(self, keys: KeysCollection = Keys.PRED) -> None:
+    def __init__(self, keys: KeysCollection = Keys.PRED, std_calibration: Sequence[float] | None = None) -> None:
         super().__init__(keys)
+        self.std_calibration = None if std_calibration is None else tuple(std_calibration)
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
         out = dict(data)
@@ -57,7 +63,12 @@ class RestoreDosed(MapTransform):
             affine = torch.as_tensor(case.grid.ras_affine)
             out[key] = MetaTensor(torch.from_numpy(restored[0][None]), affine=affine)
             if len(restored) > 1:
-                out[Keys.STD] = MetaTensor(torch.from_numpy(restored[1][None]), affine=affine)
+                std_gy = restored[1]
+                if self.std_calibration is not None:
+                    scale, floor_gy = self.std_calibration
+                    std_gy = np.where(case.body, scale * np.sqrt(np.square(std_gy) + floor_gy**2), np.float32(0.0))
+                std_gy = std_gy.astype(np.float32)
+                out[Keys.STD] = MetaTensor(torch.from_numpy(std_gy[None]), affine=affine)
         return out
 
 

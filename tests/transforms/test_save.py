@@ -16,7 +16,8 @@ from scipy import ndimage
 from custom.case import Beam, Case, CaseError, Grid, Site
 from custom.io import read_case
 from custom.phantom import make_case, with_dose, write_study
-from custom.transforms.save import CaseMetricsd, SaveImageRTDosed, whole_folder
+from custom.transforms.load import WorkingGridd
+from custom.transforms.save import CaseMetricsd, RestoreDosed, SaveImageRTDosed, whole_folder
 
 
 # ------------------------------------------------------------------------------------------------------ folders
@@ -194,3 +195,17 @@ def test_metrics_want_a_reference(data):
     assert row["case"] == data["case"].name and row["mae_body_gy"] == pytest.approx(difference, rel=1e-4)
     with pytest.raises(CaseError, match="needs a reference dose"):
         CaseMetricsd()({**data, "case": dataclasses.replace(data["case"], dose_gy=None)})
+
+
+# ------------------------------------------------------------------------------------------------------ uncertainty
+@pytest.mark.parametrize("calibration, expected_gy", [(None, 3.0), ((2.0, 4.0), 10.0)])
+def test_calibrated_error_bar(case, calibration, expected_gy):
+    """3 Gy of spread and a floor of 4 Gy make 5 Gy, twice that with the scale; nothing outside the body."""
+    work = WorkingGridd()({"case": case})["work"]
+    share = torch.tensor([60.0, 3.0])[:, None, None, None] / case.highest_prescription_gy
+    out = RestoreDosed(std_calibration=calibration)(
+        {"case": case, "work": work, "pred": share.expand(2, *work.grid.shape)})
+    std = np.asarray(out["pred_std"])[0]
+    np.testing.assert_allclose(std[case.body], expected_gy, rtol=1e-4)
+    assert not std[~case.body].any()
+    np.testing.assert_allclose(np.asarray(out["pred"])[0][case.body], 60.0, rtol=1e-4)
