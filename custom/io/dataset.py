@@ -12,6 +12,7 @@ import pydicom
 from pydicom.config import disable_value_validation
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from custom.case import CaseError
 
@@ -71,6 +72,8 @@ def read_dataset(path: str | Path, *, stop_before_pixels: bool = False) -> Datas
                         "an ordinary DICOM file. Export it without the deflated transfer syntax")
     with reading(path):
         dataset = pydicom.dcmread(path, stop_before_pixels=stop_before_pixels, force=True)
+        if "TransferSyntaxUID" not in dataset.file_meta:  # a bare data set: what pydicom found it to be
+            dataset.file_meta.TransferSyntaxUID = _found_syntax(dataset)
         for tag in list(dataset.keys()):
             element = dataset.get_item(tag)
             if isinstance(element, RawDataElement) and element.length != UNDEFINED_LENGTH:
@@ -78,6 +81,14 @@ def read_dataset(path: str | Path, *, stop_before_pixels: bool = False) -> Datas
                     raise CaseError(f"{path}: the file is cut short in {pydicom.datadict.keyword_for_tag(tag) or tag}; "
                                     "copy or export it anew")
     return dataset
+
+
+def _found_syntax(dataset: Dataset) -> str:
+    implicit, little = getattr(dataset, "original_encoding", None) or (
+        dataset.read_implicit_vr, dataset.read_little_endian)
+    if not little:
+        return ExplicitVRBigEndian
+    return ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
 
 
 def check_bounds(shape, path: str | Path) -> None:

@@ -71,7 +71,7 @@ def read_dicom(path: str | Path, options: ReadOptions | None = None) -> Case:
     rois = [r for r in structures.rois if r.contours]
     names = [r.name for r in rois]
     chosen = assign_rois(names, options.table, options.roi_map)
-    plan_gy = _plan_prescription(plan, rois, chosen)
+    plan_gy = _plan_prescription(plan, structures, chosen)
     notes += chosen.notes
     levels, more = _prescribe(structures, names, chosen, plan_gy, options)
     notes += more
@@ -229,14 +229,20 @@ def _check_contours_hit(structures: StructureSet, grid: Grid) -> None:
                         "the structures belong to another image")
 
 
-def _plan_prescription(plan: Plan | None, rois, chosen: RoiAssignment):
+def _plan_prescription(plan: Plan | None, structures: StructureSet, chosen: RoiAssignment):
     """The plan's prescription by structure name; ROIs only the plan knows as targets join the structures."""
+    rois = [r for r in structures.rois if r.contours]
     if plan is None or not isinstance(plan.prescription_gy, dict):
         return plan.prescription_gy if plan else None
     by_name = {}
     for number, gy in plan.prescription_gy.items():
         position = next((i for i, r in enumerate(rois) if r.number == number), None)
         if position is None:
+            empty = [r.name for r in structures.rois if r.number == number]
+            if empty:
+                raise CaseError(f"{plan.path}: prescribes {gy:g} Gy to {empty[0]!r}, which has no closed contour in "
+                                f"{structures.path.name}; draw it, or delete the dose reference")
+            chosen.notes.append(f"the RTPLAN prescribes {gy:g} Gy to ROI {number}, which {structures.path.name} lacks")
             continue
         name = next((n for n, i in chosen.index.items() if i == position), None)
         if name is None:

@@ -17,6 +17,9 @@ from custom.io.scan import DicomFile, scan_dicom
 
 __all__ = ["find_cases", "is_gdp_hmm_file"]
 
+MR_SOP_CLASS, PET_SOP_CLASS = "1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.128"
+IMAGES_AND_STRUCTURES = {CT_SOP_CLASS, ENHANCED_CT_SOP_CLASS, MR_SOP_CLASS, PET_SOP_CLASS, RTSTRUCT_SOP_CLASS}
+
 
 def is_gdp_hmm_file(path: Path) -> bool:
     """True for an ``.npz`` whose one entry is ``arr_0``, and for a damaged one: its reader says so."""
@@ -34,7 +37,8 @@ def find_cases(dataset_dir: str | Path) -> list[Path]:
     OpenKBP patient folders and GDP-HMM files are cases by themselves. A folder is a DICOM case when a CT and an
     RTSTRUCT lie in it, at any depth, and no folder inside holds both; folders above that add files (a plan beside the
     folder of images) and neither another case nor other structures belong to it. Several RTSTRUCTs in one such folder
-    are one case each, unless the RTPLANs refer to a single one of them.
+    are one case each, unless the RTPLANs refer to a single one of them. Folders with images or structures of patients
+    who have no such case are listed too: their reader says what is missing.
 
     Raises:
         CaseError: when there is nothing that could be a case.
@@ -57,6 +61,7 @@ def find_cases(dataset_dir: str | Path) -> list[Path]:
     cases += _dicom_cases(root, dicom)
     if not cases and dicom:
         return [root]  # its reader says what is missing
+    cases += _incomplete(root, dicom, cases)
     if not cases:
         raise CaseError(f"{root}: no case found; expected DICOM (CT + RTSTRUCT), OpenKBP folders or GDP-HMM npz files")
     return sorted(cases)
@@ -76,9 +81,9 @@ def _dicom_cases(root: Path, files: list[DicomFile]) -> list[Path]:
         folder = case
         while folder != root:
             folder = folder.parent
-            if sum(folder in other.parents for other in smallest) > 1 or _structures(below[folder]) > _structures(
-                below[case]
-            ):
+            several = sum(folder in other.parents for other in smallest) > 1
+            more = _structures(below[folder]) > _structures(below[case])
+            if several or more or _patients(below[folder]) != _patients(below[case]):
                 break
             if len(below[folder]) > len(below[case]):
                 case = folder
@@ -87,6 +92,28 @@ def _dicom_cases(root: Path, files: list[DicomFile]) -> list[Path]:
         alone = len(structures) == 1 or len([s for s in structures if s.sop_uid in referenced]) == 1
         cases += [case] if alone else [s.path for s in structures]
     return cases
+
+
+def _incomplete(root: Path, files: list[DicomFile], cases: list[Path]) -> list[Path]:
+    """The highest folders with images or structures that hold no case and belong to no patient who has one."""
+    folders = {case if case.is_dir() else case.parent for case in cases}
+    above = {parent for folder in folders for parent in folder.parents} | {root}
+    within = [f for f in files if folders & {f.path.parent, *f.path.parent.parents}]
+    patients, inside = _patients(within), {f.path for f in within}
+    found: set[Path] = set()
+    for file in files:
+        folder = file.path.parent
+        if file.sop_class not in IMAGES_AND_STRUCTURES or file.patient_id in patients or file.path in inside:
+            continue
+        while folder not in above and folder.parent not in above:
+            folder = folder.parent
+        if folder not in above:
+            found.add(folder)
+    return sorted(found)
+
+
+def _patients(files: list[DicomFile]) -> set[str]:
+    return {file.patient_id for file in files if file.patient_id}
 
 
 def _structures(files: list[DicomFile]) -> int:

@@ -67,6 +67,11 @@ def _dose(path: Path, dataset: Dataset) -> Dose:
     if dataset.get("SOPClassUID") != RTDOSE_SOP_CLASS:
         raise CaseError(f"{path}: SOP class {dataset.get('SOPClassUID')}; expected RT Dose")
     notes: list[str] = []
+    kind = str(dataset.get("DoseType") or "PHYSICAL").upper()
+    if kind == "ERROR":
+        raise CaseError(f"{path}: DoseType {kind}, a difference of doses; expected PHYSICAL. Remove the file")
+    if kind != "PHYSICAL":
+        notes.append(f"{path.name}: a dose of the type {kind}, compared as if it were physical")
     if dataset.get("DoseGridScaling") in (None, ""):
         raise CaseError(f"{path}: no DoseGridScaling; expected a dose grid (not only DVHs)")
     scaling = float(numbers(dataset, "DoseGridScaling", 1, path)[0])

@@ -16,7 +16,8 @@ __all__ = ["DicomFile", "scan_dicom"]
 
 NOT_DICOM = {".csv", ".gz", ".html", ".jpg", ".json", ".md", ".nii", ".npy", ".npz", ".nrrd", ".pdf", ".png", ".py",
              ".txt", ".xlsx", ".xml", ".zip"}
-TAGS = [0x00080016, 0x00080018, 0x00080060, 0x0020000E, 0x00200052]  # SOP class and UID, modality, series, frame
+# SOP class and UID, modality, series, frame of reference, patient
+TAGS = [0x00080016, 0x00080018, 0x00080060, 0x0020000E, 0x00200052, 0x00100020]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class DicomFile:
     modality: str
     series_uid: str
     frame_uid: str
+    patient_id: str = ""
 
 
 def scan_dicom(folder: Path, damaged: list[Path] | None = None) -> list[DicomFile]:
@@ -66,7 +68,7 @@ def _identify(path: Path) -> DicomFile | None:
         return None
     try:
         with path.open("rb") as file, disable_value_validation():
-            header = read_partial(file, stop_when=lambda tag, vr, length: tag > TAGS[-1],
+            header = read_partial(file, stop_when=lambda tag, vr, length: tag > max(TAGS),
                                   specific_tags=[Tag(t) for t in TAGS], force=path.suffix.lower() == ".dcm")
             values = [str(header[t].value or "") if t in header else "" for t in TAGS]
     except Exception:  # whatever is wrong with it: no DICOM file that can be identified

@@ -17,7 +17,8 @@ from custom.io.rtstruct import RTSTRUCT_SOP_CLASS
 AXES = {  # directions of i (along a row) and j (down a column) in LPS, as scanners store the patient positions
     "HFS": ([1, 0, 0], [0, 1, 0]), "HFP": ([-1, 0, 0], [0, -1, 0]),
     "FFS": ([-1, 0, 0], [0, 1, 0]), "FFP": ([1, 0, 0], [0, -1, 0]),
-    "oblique": ([0.8, 0.6, 0.0], [-0.36, 0.48, 0.8]), "sagittal": ([0, 1, 0], [0, 0, -1]),
+    "oblique": ([0.8, 0.6, 0.0], [-0.36, 0.48, 0.8]), "HFDL": ([0, -1, 0], [1, 0, 0]),
+    "sagittal": ([0, 1, 0], [0, 0, -1]),
 }
 
 
