@@ -67,11 +67,11 @@ def read_openkbp(path: str | Path, options: ReadOptions | None = None) -> Case:
     ct_hu = None
     if (path / CT_FILE).is_file():
         ct_hu = np.clip(_read_values(path / CT_FILE) - HU_OFFSET, *HU_RANGE)
-        check_hu(ct_hu, masks[BODY], path / CT_FILE)
         absent = float(np.mean(ct_hu[masks[BODY]] == HU_RANGE[0]))
         if absent > MAX_WITHOUT_CT:
             raise CaseError(f"{path / CT_FILE}: {100 * absent:.0f} % of the body has no value; expected at most "
                             f"{100 * MAX_WITHOUT_CT:g} %. The file is cut short, or of another patient")
+        check_hu(ct_hu, masks[BODY], path / CT_FILE)
     else:
         notes.append("no ct.csv: the case has no CT")
     dose_gy = None
