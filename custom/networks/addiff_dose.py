@@ -36,7 +36,7 @@ class Conditions:
         prior: ``(B, 1, X, Y, Z)`` predicted dose, or None without a prior branch.
         body: ``(B, 1, X, Y, Z)``.
         image: ``(B, N, X, Y, Z)`` prior and image channels that the denoiser sees.
-        features: structure features, a tensor a level.
+        features: structure features, a tensor a level; None without a structure encoder.
         tokens: ``(B, M, token_dim)``.
         context: ``(B, n)``.
         size: spatial size of the image before padding.
@@ -45,7 +45,7 @@ class Conditions:
     prior: Tensor | None
     body: Tensor
     image: Tensor
-    features: list[Tensor]
+    features: list[Tensor] | None
     tokens: Tensor
     context: Tensor
     size: tuple[int, int, int]
@@ -66,7 +66,8 @@ class ADDiffDose(nn.Module):
         prior: arguments of :class:`PriorBranch`; None for the paper's system without a regression branch.
         denoiser: arguments of :class:`Denoiser`; None for a regression model.
         ct_encoder: arguments of :class:`LightweightVAE3D`; None leaves the CT's latent out.
-        structure_widths: channels of the structure encoder's levels; as many as the denoiser has.
+        structure_widths: channels of the structure encoder's levels; as many as the denoiser has. None leaves the
+            structure encoder out (the paper's ablation).
         token_dim: width of the condition tokens.
         schedule: arguments of :class:`NoiseSchedule`.
         residual_scale: the diffused variable is ``(dose - prior) / residual_scale``; ``2 dose - 1`` without a prior.
@@ -85,7 +86,7 @@ class ADDiffDose(nn.Module):
         prior: Mapping[str, Any] | None = None,
         denoiser: Mapping[str, Any] | None = None,
         ct_encoder: Mapping[str, Any] | None = None,
-        structure_widths: Sequence[int] = (8, 16, 32, 64),
+        structure_widths: Sequence[int] | None = (8, 16, 32, 64),
         token_dim: int = 96,
         schedule: Mapping[str, Any] | None = None,
         residual_scale: float = 0.05,
@@ -97,15 +98,16 @@ class ADDiffDose(nn.Module):
         self.channels = _ChannelMap(condition_channels, context_channels, structure_channels, detail_channels)
         n_spatial, n_context = len(self.channels.spatial), len(context_channels)
         n_detail = len(self.channels.detail)
-        self.residual_scale = residual_scale
+        self.residual_scale, self.token_dim = residual_scale, token_dim
         self.gain = nn.Parameter(torch.ones(())) if prior is not None and self.channels.plan is not None else None
         self.prior = None if prior is None else PriorBranch(n_spatial, n_detail, n_context, **prior)
         self.ct_encoder = None if ct_encoder is None else LightweightVAE3D(**ct_encoder)
         self.schedule = NoiseSchedule(**(schedule or {}))
         self.structure_encoder = self.structure_tokens = self.ct_tokens = self.denoiser = None
         if denoiser is not None:
-            self.structure_encoder = StructureEncoder(len(self.channels.structure), structure_widths)
-            self.structure_tokens = nn.Conv3d(structure_widths[-1], token_dim, 1)
+            if structure_widths is not None:
+                self.structure_encoder = StructureEncoder(len(self.channels.structure), structure_widths)
+                self.structure_tokens = nn.Conv3d(structure_widths[-1], token_dim, 1)
             if self.ct_encoder is not None:
                 self.ct_tokens = nn.Conv3d(self.ct_encoder.latent_channels, token_dim, 1)
             inputs = 1 + n_detail + (prior is not None)
@@ -164,11 +166,13 @@ class ADDiffDose(nn.Module):
             return Conditions(prior, body, spatial[:, :0], [], spatial.new_zeros(0), context, size)
         seen = spatial[:, self.channels.detail]
         seen = seen if prior is None else torch.cat([prior.to(seen.dtype), seen], dim=1)
-        features = self.structure_encoder(spatial[:, self.channels.structure])
-        deepest = self.structure_tokens(features[-1])
-        tokens = self._tokens(deepest)
+        features, tokens = None, []
+        if self.structure_encoder is not None:
+            features = self.structure_encoder(spatial[:, self.channels.structure])
+            tokens.append(self._tokens(self.structure_tokens(features[-1])))
         if self.ct_encoder is not None:
-            tokens = torch.cat([tokens, self._ct_tokens(spatial, context)], dim=1)
+            tokens.append(self._ct_tokens(spatial, context))
+        tokens = torch.cat(tokens, dim=1) if tokens else spatial.new_zeros(len(spatial), 0, self.token_dim)
         return Conditions(prior, body, seen, features, tokens, context, size)
 
     def denoise_output(self, x_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:

@@ -190,7 +190,7 @@ class Denoiser(nn.Module):
     Args:
         in_channels: the noisy variable, the prior dose and the selected image channels.
         token_dim: width of the condition tokens.
-        feature_channels: channels of the structure features of each level.
+        feature_channels: channels of the structure features of each level; None for none.
         context_channels: context values.
         channels, encoder_blocks, decoder_blocks, attention_levels, heads, norm: see :class:`ResidualUNet3D`.
         embedding_dim: width of the time and context embedding (256 in the paper).
@@ -201,7 +201,7 @@ class Denoiser(nn.Module):
         self,
         in_channels: int,
         token_dim: int,
-        feature_channels: Sequence[int],
+        feature_channels: Sequence[int] | None,
         context_channels: int,
         channels: Sequence[int] = (16, 32, 64, 96),
         encoder_blocks: Sequence[int] = (1, 1, 1, 1),
@@ -225,7 +225,9 @@ class Denoiser(nn.Module):
         self.conditional = ConditionalLayer(channels[-1], token_dim, embedding_dim, **(conditional or {}))
         zero_init(self.unet.out)
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, features: Sequence[Tensor], tokens: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, context: Tensor, features: Sequence[Tensor] | None, tokens: Tensor
+    ) -> Tensor:
         """Network output for ``x`` (B, in_channels, X, Y, Z) at time steps ``t`` (B,)."""
         embedding = self.time(time_encoding(t, self.embedding_dim)) + self.context(context)
         levels = self.unet.encode(x, embedding, features)

@@ -193,3 +193,16 @@ def test_conditional_layer_starts_as_identity():
     x = torch.rand(1, 6, 2, 3, 2)
     layer = ConditionalLayer(6, token_dim=5, embedding_dim=4, dim=12, heads=3)
     torch.testing.assert_close(layer(x, torch.rand(1, 7, 5), torch.rand(1, 4)), x)
+
+
+def test_without_a_structure_encoder_only_the_ct_is_left_to_attend_to():
+    names = ["ct", "body", "plan_prior", "sdm_Heart"]
+    options = dict(prior={"channels": (8, 8), "encoder_blocks": (1, 1), "decoder_blocks": (1,)},
+                   denoiser={"channels": (8, 8), "encoder_blocks": (1, 1), "decoder_blocks": (1,),
+                             "attention_levels": (1,), "embedding_dim": 16}, structure_widths=None, token_dim=16)
+    image = torch.rand(1, 4, 8, 8, 8)
+    for ct_encoder, tokens in (({"channels": (4, 4), "latent_channels": 2}, 8), (None, 0)):
+        network = ADDiffDose(names, ct_encoder=ct_encoder, **options).eval()
+        assert not [name for name, _ in network.named_parameters() if name.startswith("structure")]
+        assert network.encode(image).tokens.shape == (1, tokens, 16)
+        assert network(image).shape == (1, 1, 8, 8, 8)
