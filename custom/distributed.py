@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -165,6 +166,6 @@ class ShareOfCases:
         try:
             evaluator.run()
         except BatchError as error:
-            failures = [{"path": failure.path, "message": failure.message} for failure in evaluator.failures]
+            failures = [asdict(failure) for failure in evaluator.failures]
             self.failures_file.write_text(json.dumps(failures, indent=1), encoding="utf-8")
             logger.error("%s\nwritten to %s", error, self.failures_file)
