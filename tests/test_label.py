@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -196,6 +197,36 @@ def test_a_study_that_cannot_be_read_is_refused_with_the_reason(server, tmp_path
         server.infer(tmp_path, "image", result_extension=".nii.gz")
     assert refused.value.code == 422
     assert "no RTSTRUCT" in json.loads(refused.value.read())["detail"]
+
+
+def test_the_curl_commands_of_the_page(server, tmp_path):
+    """As they stand in the docs, but for the port and the study's name."""
+    page = (ROOT / "bundle" / "docs" / "using_slicer_and_label.md").read_text(encoding="utf-8")
+    (name,) = (path.name.removesuffix(".nii.gz") for path in server.studies.glob("*.nii.gz"))
+    commands = re.findall(r"^curl .*", page, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        command = command.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}").replace("image=NAME", f"image={name}")
+        done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+    assert NAME in done.stdout
+    assert nib.load(tmp_path / "dose.nii.gz").get_fdata().max() > 60.0
+
+
+def test_levels_of_ones_own(tmp_path):
+    done = make_app("app", tmp_path, "--levels", 0.3, 1.0)
+    assert done.returncode == 0, done.stderr[-3000:]
+    configs = tmp_path / "monaibundle" / "model" / NAME / "configs"
+    output = json.loads((configs / "metadata.json").read_text())["network_data_format"]["outputs"]["pred"]
+    assert output["channel_def"] == {"0": "background", "1": "isodose 30 %", "2": "isodose 100 %"}
+    transforms = json.loads((configs / "inference.json").read_text())["postprocessing"]["transforms"]
+    assert transforms[-1] == {"_target_": "custom.transforms.viewer.IsodoseLabeld", "levels": [0.3, 1.0]}
+
+
+def test_a_study_is_added_once(study, tmp_path):
+    assert make_app("add", tmp_path, study).returncode == 0
+    again = make_app("add", tmp_path, study)
+    assert again.returncode == 1 and "there is a study of this name" in again.stderr
 
 
 def read_nrrd(content: bytes) -> tuple[dict[str, str], np.ndarray]:

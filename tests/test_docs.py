@@ -1,0 +1,178 @@
+"""The README and the docs pages: every command is run by a test, and everything they point at is there.
+
+A line of a fenced block is a command, unless the block has a language of its own (```text, ```json). Add a command's
+row to RUN_BY together with the command.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from monai.bundle import ConfigParser
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "bundle" / "docs").glob("*.md"))]
+CONFIGS = ROOT / "bundle" / "configs"
+
+# How a command begins, whatever its DIR and OUT -> the test that runs it.
+RUN_BY = {
+    r"make demo": "test_docs.py::test_make_demo_and_picture",
+    r"make picture": "test_docs.py::test_make_demo_and_picture",
+    r"make test": "every run of the tests",
+    r"make label-env": "test_label.py, whose environment it makes",
+    r"make deploy-env": "test_deploy.py, whose environment it makes",
+    r"make label-server": "test_label.py::test_info_names_the_model_its_isodoses_and_its_options",
+    r"make deploy-package": "test_deploy.py::test_the_package_folder_runs_by_itself",
+    r"mkdir -p OUT": "the shell",
+    r"\.venv-label/bin/python apps/label/make_app\.py add demo/label-studies DIR":
+        "test_label.py::test_the_viewers_volume_stands_for_its_study",
+    r"\.venv-label/bin/python apps/label/make_app\.py app demo/label":
+        "test_label.py::test_info_names_the_model_its_isodoses_and_its_options",
+    r"\.venv-label/bin/python apps/label/make_app\.py app demo/label --levels":
+        "test_label.py::test_levels_of_ones_own",
+    r"curl -X POST .*/infer/rt_ct_dose_prediction": "test_label.py::test_the_curl_commands_of_the_page",
+    r"curl .*/info/": "test_label.py::test_the_curl_commands_of_the_page",
+    r"\.venv-deploy/bin/python apps/deploy": "test_deploy.py::test_writes_the_dose_that_the_runner_writes",
+    r"DOSE_OPTIONS=.* \.venv-deploy/bin/python apps/deploy":
+        "test_deploy.py::test_options_come_through_the_environment_without_a_plan",
+    r"\.venv-deploy/bin/monai-deploy package": "test_deploy.py::test_the_packager_takes_the_folders_as_far_as_docker",
+    r"PY -m monai\.bundle run inference": "test_bundle.py::test_the_demo_case_gets_a_real_prediction",
+    r"PY -m monai\.bundle run evaluate": "test_bundle.py::test_evaluate_writes_the_scores",
+    r"PY -m monai\.bundle run train_autoencoder": "test_bundle.py::test_two_stage_training_survives_a_kill",
+    r"PY -m monai\.bundle run train": "test_bundle.py::test_two_stage_training_survives_a_kill",
+    r"PY -m custom\.phantom OUT": "test_phantom.py::test_command_line",
+}
+PYTHONS = re.compile(r"^(\.venv/bin/)?python(?= )")
+
+
+def blocks(page: Path) -> list[tuple[str, list[str]]]:
+    """Language and lines of every fenced block."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return [(language, text.replace("\\\n", " ").splitlines()) for language, text in found]
+
+
+def commands() -> list[tuple[str, str]]:
+    """``(page, command)`` of every command, without its remark."""
+    found = []
+    for page in PAGES:
+        for language, lines in blocks(page):
+            if language in ("", "sh", "bash"):
+                found += [(page.relative_to(ROOT).as_posix(), re.sub(r"\s{2,}#.*", "", line).strip())
+                          for line in lines if line.strip() and not line.startswith("#")]
+    return found
+
+
+COMMANDS = commands()
+every_command = pytest.mark.parametrize(("page", "command"), COMMANDS)
+
+
+def rows_for(command: str) -> list[str]:
+    """Rows of RUN_BY that stand for a command; of those that begin alike the longest."""
+    plain = PYTHONS.sub("PY", command)
+    found = [row for row in RUN_BY if re.match(row + r"(\s|\b|$)", plain)]
+    return sorted(found, key=len)[-1:]
+
+
+@every_command
+def test_every_command_is_run_by_a_test(page, command):
+    assert rows_for(command), f"{page}: no test runs {command!r}; write one and name it in RUN_BY"
+
+
+def test_the_tests_named_are_there():
+    for by in RUN_BY.values():
+        file, _, name = by.partition("::")
+        if name:
+            tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+            assert name in [node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)], by
+
+
+def test_no_row_outlives_its_command():
+    used = {row for _, command in COMMANDS for row in rows_for(command)}
+    assert set(RUN_BY) - used <= {"make picture"}  # spoken of in the text
+
+
+def options_of(command: str) -> tuple[str, list[Path], list[str]]:
+    """Run id, config files and other options of a runner's command."""
+    words = shlex.split(command)
+    run_id = words[words.index("run") + 1]
+    files = ast.literal_eval(value) if (value := words[words.index("--config_file") + 1]).startswith("[") else [value]
+    options = [word[2:] for word in words if word.startswith("--") and word != "--config_file"]
+    return run_id, [ROOT / name for name in files], options
+
+
+@pytest.mark.parametrize(("page", "command"), [row for row in COMMANDS if "monai.bundle run" in row[1]
+                                               and "torchrun" not in row[1]])
+def test_what_a_runners_command_names_is_in_its_configs(page, command):
+    run_id, files, options = options_of(command)
+    assert all(path.is_file() for path in files), f"{page}: {files}"
+    parser = ConfigParser()
+    parser.read_config([str(path) for path in files])
+    known = set(parser.config)
+    assert run_id in known, f"{page}: no id {run_id!r} in {[path.name for path in files]}"
+    assert set(options) - {"tracking"} <= known, f"{page}: {command!r} sets what nothing reads"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_spoken_of_exist(page):
+    keys = {key.removeprefix("+") for path in CONFIGS.rglob("*.json") for key in json.loads(path.read_text())}
+    elsewhere = {"config_file", "args_file", "tracking", "use_trace", "levels", "platform", "sdk-version", "conf",
+                 "nproc_per_node", "max_restarts", "standalone", "nnodes"}
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    spoken = {name for code in re.findall(r"`([^`]+)`", text) for name in re.findall(r"(?<!\S)--([A-Za-z_-]+)", code)}
+    assert spoken - keys - elsewhere == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_files_are_there(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        if not target.startswith(("http", "mailto")):
+            assert (page.parent / target).exists(), f"{page.name}: no {target}"
+    for target in re.findall(r"`((?:bundle|custom|apps|tests)/[\w./-]*)`", text):
+        assert (ROOT / target).exists(), f"{page.name}: no {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_make_targets_exist(page):
+    targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"(?:^|`)make (?:[A-Z_]+=\S+ )*([a-z-]+)", text, re.MULTILINE)
+    assert set(named) - targets == set()
+
+
+def test_the_picture_of_the_house_shows_every_room():
+    text = (ROOT / "bundle" / "docs" / "design.md").read_text(encoding="utf-8")
+    rooms = re.findall(r"^\|([^|]+)\|", text[text.index("## Rooms"):], re.MULTILINE)
+    shown = {re.sub(r"(\.py|/|\*)", "", name) for row in rooms for name in re.findall(r"`([^`]+)`", row)}
+    tree = ast.parse((ROOT / "tests" / "test_layers.py").read_text(encoding="utf-8"))
+    (layers,) = [ast.literal_eval(node.value) for node in tree.body
+                 if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LAYERS"]
+    missing = {room for level in layers for room in level} - shown
+    assert missing == set(), "a room that bundle/docs/design.md does not show"
+
+
+def test_the_picture_is_there():
+    with Image.open(ROOT / "bundle" / "docs" / "dose.png") as picture:
+        assert picture.width > 800
+    assert "bundle/docs/dose.png" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_make_demo_and_picture(tmp_path):
+    """Both commands of the README, into a folder of their own."""
+    command = ["make", "picture", f"DEMO={tmp_path}/demo", f"PICTURE={tmp_path}/dose.png"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=3600)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    for name in ("RTDOSE.dcm", "dose.nii.gz", "report.html", "report.json"):
+        assert (tmp_path / "demo" / "results" / "hn_demo" / name).stat().st_size > 1000
+    with Image.open(tmp_path / "dose.png") as picture:
+        assert picture.width > 800 and len(set(picture.convert("RGB").resize((64, 64)).getdata())) > 500
