@@ -92,9 +92,8 @@ def viewer_config(config: Mapping[str, Any], levels: Sequence[float]) -> dict[st
     """The inference config with the viewer's options, its way of naming studies, and isodose labels."""
     out = _with_options(config)
     out[OPTIONS] = {**{name: config[name] for name in STEPS_AND_SAMPLES}, **CHOICES}
-    for transform in out["preprocessing"]["transforms"]:
-        if transform["_target_"] == LOADER:
-            transform["_target_"] = "custom.transforms.viewer.LoadViewerStudyd"
+    (loader,) = (t for t in out["preprocessing"]["transforms"] if t["_target_"] == LOADER)
+    loader["_target_"] = "custom.transforms.viewer.LoadViewerStudyd"
     out["postprocessing"]["transforms"].append(
         {"_target_": "custom.transforms.viewer.IsodoseLabeld", "levels": list(levels)})
     return out
