@@ -22,7 +22,9 @@ from monai.metrics import CumulativeIterationMetric
 from custom.case import Case, CaseError
 from custom.dosimetry.constraints import Constraint, check, compliance
 from custom.dosimetry.dvh import parse_metric
+from custom.dosimetry.image_quality import similarity
 from custom.dosimetry.indices import conformity_paddick, homogeneity_icru83, isodose_dice, isodose_hausdorff95_mm
+from custom.dosimetry.structure_scores import structure_scores
 
 __all__ = [
     "DoseScore",
@@ -85,6 +87,8 @@ def case_metrics(case: Case, dose_gy: np.ndarray, constraints: Sequence[Constrai
         known: dict = {}
         row["constraints_met_percent"] = compliance(check(constraints, case, dose_gy, known))
         row["reference_constraints_met_percent"] = compliance(check(constraints, case, reference_gy, known))
+    row |= similarity(dose_gy, reference_gy, case.body, case.highest_prescription_gy)
+    row |= structure_scores(case, dose_gy, reference_gy)
     row |= _openkbp_dvh_errors(case, dose_gy, reference_gy)
     return row
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-__all__ = ["fine_structure_ratio", "psnr_db", "ssim"]
+__all__ = ["fine_structure_ratio", "psnr_db", "similarity", "ssim"]
 
 
 def psnr_db(dose_gy: np.ndarray, reference_gy: np.ndarray, body: np.ndarray, range_gy: float) -> float:
@@ -43,6 +43,18 @@ def ssim(dose_gy: np.ndarray, reference_gy: np.ndarray, body: np.ndarray, range_
     similarity = (2 * mean_a * mean_b + c1) * (2 * (ab - mean_a * mean_b) + c2)
     similarity /= (mean_a**2 + mean_b**2 + c1) * (aa - mean_a**2 + bb - mean_b**2 + c2)
     return float(similarity[body].mean())
+
+
+def similarity(dose_gy: np.ndarray, reference_gy: np.ndarray, body: np.ndarray, range_gy: float) -> dict[str, float]:
+    """``psnr_db`` and ``ssim``, worked out on the body's box and what its windows see, which saves most of the time."""
+    if not body.any():
+        return {"psnr_db": float("nan"), "ssim": float("nan")}
+    reach = 6  # voxels: 3.5 sigma, rounded up
+    box = tuple(
+        slice(max(0, s.start - reach), s.stop + reach) for s in ndimage.find_objects(body.astype(np.int8))[0]
+    )
+    arrays = dose_gy[box], reference_gy[box], body[box]
+    return {"psnr_db": psnr_db(*arrays, range_gy), "ssim": ssim(*arrays, range_gy)}
 
 
 def fine_structure_ratio(

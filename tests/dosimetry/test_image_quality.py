@@ -5,7 +5,7 @@ import pytest
 from scipy import ndimage
 from skimage.metrics import structural_similarity
 
-from custom.dosimetry.image_quality import fine_structure_ratio, psnr_db, ssim
+from custom.dosimetry.image_quality import fine_structure_ratio, psnr_db, similarity, ssim
 
 
 @pytest.fixture
@@ -53,3 +53,14 @@ def test_fine_structure_is_the_filters_gain_at_one_frequency():
 def test_no_body_is_not_applicable(doses):
     none = np.zeros(doses[0].shape, bool)
     assert np.isnan(psnr_db(*doses, none, 70.0)) and np.isnan(ssim(*doses, none, 70.0))
+
+
+def test_similarity_on_the_box_is_that_of_the_whole_volume():
+    rng = np.random.default_rng(3)
+    body = np.zeros((30, 34, 28), bool)
+    body[10:19, 12:20, 0:15] = True
+    reference = rng.random(body.shape) * body * 70
+    dose = reference + rng.random(body.shape) * body
+    found = similarity(dose, reference, body, 70.0)
+    assert found == pytest.approx({"psnr_db": psnr_db(dose, reference, body, 70.0),
+                                   "ssim": ssim(dose, reference, body, 70.0)})
