@@ -26,9 +26,17 @@ from custom.dosimetry.constraints import load_constraints
 from custom.dosimetry.dvh import parse_metric
 from custom.dosimetry.image_quality import fine_structure_ratio, psnr_db, ssim
 from custom.dosimetry.regions import regions
-from custom.metrics import case_metrics, summarise
+from custom.metrics import case_metrics, openkbp_dvh, summarise
 
-__all__ = ["CalibrationStudy", "Calibration", "PredictionStudy", "coverage", "fit_calibration", "without"]
+__all__ = [
+    "CachedScore",
+    "Calibration",
+    "CalibrationStudy",
+    "PredictionStudy",
+    "coverage",
+    "fit_calibration",
+    "without",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +155,56 @@ def _looks(case: Case, dose_gy: np.ndarray) -> dict[str, float]:
     return {"psnr_db": psnr_db(dose_gy, reference, case.body, range_gy),
             "ssim": ssim(dose_gy, reference, case.body, range_gy),
             "fine_structure_ratio": fine_structure_ratio(dose_gy, reference, case.body, case.grid.spacing_mm)}
+
+
+class CachedScore:
+    """Dose and DVH score of a network on a training's cached validation tensors, without preparing the cases anew.
+
+    The scores are those of the working grid; where that is the case's own, as in OpenKBP, they are the scores.
+
+    Args:
+        dataset: items with ``image``, ``label`` (``(1 or 2, X, Y, Z)``, fraction of the prescription first), ``body``,
+            ``rois``, ``prescription_gy`` and ``voxel_cc``.
+        network: with its weights.
+        inferers: name -> inferer.
+        roi_names: names of the channels of ``rois``.
+        target_names: which of them are targets.
+        output_dir: gets ``scores.json``.
+        device: where the network is.
+    """
+
+    def __init__(self, dataset: Sequence[Mapping], network: torch.nn.Module, inferers: Mapping[str, Callable],
+                 roi_names: Sequence[str], target_names: Sequence[str], output_dir: str | Path,
+                 device: torch.device | str = "cpu") -> None:
+        self.dataset, self.network, self.inferers = dataset, network, dict(inferers)
+        self.is_target = [name in target_names for name in roi_names]
+        self.path, self.device = Path(output_dir) / "scores.json", torch.device(device)
+
+    def run(self) -> dict[str, dict[str, float]]:
+        """Score all cases; returns and writes inferer -> ``dose_score``, ``dvh_score`` (Gy) and the doses by case."""
+        self.network.eval()
+        dose: dict[str, list[float]] = {name: [] for name in self.inferers}
+        dvh: dict[str, list[float]] = {name: [] for name in self.inferers}
+        for number in tqdm(range(len(self.dataset)), desc="scores", unit="case"):
+            item = self.dataset[number]
+            body, label = item["body"][0] > 0, item["label"][0].float()
+            gy = float(item["prescription_gy"])
+            for name, inferer in self.inferers.items():
+                with torch.no_grad():
+                    pred = inferer(item["image"][None].to(self.device), self.network)[0, 0].cpu() * body
+                dose[name].append(float((pred - label).abs()[body].mean()) * gy)
+                dvh[name] += self._dvh_errors(pred.numpy() * gy, label.numpy() * gy, item)
+        found = {name: {"dose_score": float(np.mean(dose[name])), "dvh_score": float(np.mean(dvh[name])),
+                        "cases": len(dose[name]), "dose_errors_gy": dose[name]} for name in self.inferers}
+        with _whole_file(self.path) as stream:
+            json.dump(found, stream, indent=1)
+        return found
+
+    def _dvh_errors(self, pred_gy: np.ndarray, label_gy: np.ndarray, item: Mapping) -> Iterator[float]:
+        for mask, is_target in zip(item["rois"].numpy() > 0, self.is_target, strict=True):
+            if mask.any():
+                a, b = (openkbp_dvh(d[mask], 1000 * float(item["voxel_cc"]), is_target) for d in (pred_gy, label_gy))
+                yield from (abs(a[name] - b[name]) for name in a)
 
 
 class Calibration:

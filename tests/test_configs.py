@@ -16,7 +16,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "bundle" / "configs"
 BASE = "inference.json"
 STAGES = ("train.json", "evaluate.json", "studies.json")  # each is laid over the base
 # each is laid over the base and a stage
-OVERLAYS = ("train_autoencoder.json", "smoke.json", "multi_gpu.json", "shards.json", "deploy.json", "systems/*.json",
+OVERLAYS = ("train_autoencoder.json", "ablations.json", "smoke.json", "multi_gpu.json", "shards.json", "deploy.json", "systems/*.json",
             "constraint_loss.json", "guidance.json", "protocol_studies.json")
 FILES = sorted(
     path.relative_to(CONFIGS).as_posix() for name in (BASE, *STAGES, *OVERLAYS) for path in CONFIGS.glob(name)
@@ -45,6 +45,8 @@ ENTRY_KEYS = {
     "limits": "MONAI's runner: run id",
     "guidance": "MONAI's runner: run id",
     "benchmark": "MONAI's runner: run id",
+    "ablate": "MONAI's runner: run id, by custom.ablations",
+    "ablations": "MONAI's runner: run id",
     "train": "MONAI's runner: run id and the zoo's group of training objects",
     "train_autoencoder": "MONAI's runner: run id",
     "validate": "the zoo's group of validation objects",

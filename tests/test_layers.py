@@ -17,7 +17,8 @@ LAYERS = (
     {"rois"},
     {"io", "geometry", "dosimetry", "physics", "networks"},
     {"losses", "metrics", "protocol", "report", "phantom"},
-    {"transforms", "objectives", "inferers", "engines", "datalists", "batch", "runner", "studies", "benchmark", "pictures"},
+    {"transforms", "objectives", "inferers", "engines", "datalists", "batch", "runner", "studies", "benchmark",
+     "ablations", "pictures"},
     {"distributed"},
     {"release"},
 )

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from custom.case import CaseError, DoseScale
+from custom.metrics import case_metrics, summarise
 from custom.phantom import make_case
-from custom.studies import CalibrationStudy, PredictionStudy, coverage, fit_calibration, without
+from custom.studies import CachedScore, CalibrationStudy, PredictionStudy, coverage, fit_calibration, without
 from custom.transforms.load import WorkingGridd
 from custom.transforms.save import RestoreDosed
 
@@ -103,3 +104,26 @@ def test_coverage_counts():
     calibration = fit_calibration(np.array([1.0, -1.0, 1.0, 1.0]), np.ones(4))
     bars = calibration.factors[0.5] * calibration.bar_gy(np.ones(2))
     assert coverage(np.array([0.99, 1.01]) * bars, np.ones(2), calibration)[0.5] == 0.5
+
+
+def test_cached_scores_are_those_of_the_evaluation(item, tmp_path):
+    """The score of the cached tensors is that of the case itself, with and without a second label channel."""
+    case = item["work"]
+    gy = case.highest_prescription_gy
+    names = ["SpinalCord", "Parotid_L", *case.targets]
+    rng = np.random.default_rng(3)
+    dose = np.where(case.body, case.dose_gy + rng.normal(0, 3, case.grid.shape), 0).clip(0).astype(np.float32)
+    tensors = {
+        "image": torch.from_numpy(dose / gy)[None],
+        "label": torch.from_numpy(case.dose_gy / gy)[None].expand(2, -1, -1, -1),
+        "body": torch.from_numpy(case.body[None]), "prescription_gy": torch.tensor(gy),
+        "rois": torch.from_numpy(np.stack([case.masks[n] for n in names]).astype(np.uint8)),
+        "voxel_cc": torch.tensor(case.grid.voxel_cc),
+    }
+    found = CachedScore([tensors], torch.nn.Identity(), {"as it is": lambda x, n: x}, names, list(case.targets),
+                        tmp_path).run()["as it is"]
+    kept = replace(case, masks={n: case.masks[n] for n in (*names, "Body")})
+    expected = summarise([case_metrics(kept, dose)])
+    assert found["dose_score"] == pytest.approx(expected["dose_score"], rel=1e-4)
+    assert found["dvh_score"] == pytest.approx(expected["dvh_score"], rel=1e-4)
+    assert json.loads((tmp_path / "scores.json").read_text())["as it is"] == found
