@@ -96,7 +96,7 @@ def _dicom_cases(root: Path, files: list[DicomFile]) -> list[Path]:
 
 def _incomplete(root: Path, files: list[DicomFile], cases: list[Path]) -> list[Path]:
     """The highest folders with images or structures that hold no case and belong to no patient who has one."""
-    folders = {case if case.is_dir() else case.parent for case in cases}
+    folders = {case if case.is_dir() else case.parent for case in cases if case.suffix.lower() != ".npz"}
     above = {parent for folder in folders for parent in folder.parents} | {root}
     within = [f for f in files if folders & {f.path.parent, *f.path.parent.parents}]
     patients, inside = _patients(within), {f.path for f in within}

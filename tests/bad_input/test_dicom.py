@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from custom.case import Case, CaseError
-from custom.io import read_case
+from custom.io import find_cases, read_case
 from tests.bad_input import damage as d
 
 OTHER_FRAME = d.put(FrameOfReferenceUID="1.2.3.99")
@@ -208,3 +208,23 @@ def test_every_position_of_the_patient(tmp_path, good, orientation):
     for name in ("PTV_7000", "SpinalCord", "Body"):
         np.testing.assert_array_equal(case.masks[name], good.masks[name])
     np.testing.assert_allclose(case.dose_gy, good.dose_gy, atol=1e-3)
+
+
+def test_incomplete_patients_of_a_folder_are_tried_and_others_left_alone(study, tmp_path):
+    """Beside two good patients: one without structures, one whose CT is an MR; a plan alone is nobody."""
+    for name in ("good_1", "good_2", "bare", "mr"):
+        shutil.copytree(study, tmp_path / "all" / name / "files")
+        for path in (tmp_path / "all" / name).rglob("*.dcm"):
+            with d.edit(path) as ds:
+                ds.PatientID = name
+    (tmp_path / "all" / "bare" / "files" / "RS.dcm").unlink()
+    d.on_every_slice(d.of_class(d.MR, "MR"))(tmp_path / "all" / "mr" / "files")
+    (tmp_path / "all" / "other.npz").write_bytes(b"")
+    (tmp_path / "plans").mkdir()
+    found = find_cases(tmp_path)
+    names = [path.relative_to(tmp_path / "all").parts[0] for path in found]
+    assert names == ["bare", "good_1", "good_2", "mr", "other.npz"]
+    with pytest.raises(CaseError, match="no RTSTRUCT"):
+        read_case(found[0])
+    with pytest.raises(CaseError, match="found MR"):
+        read_case(found[3])
