@@ -12,11 +12,15 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from monai.bundle import ConfigParser
 from PIL import Image
+
+from custom.phantom import make_case, with_dose, write_study
+from custom.physics.fluence import plan_dose
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "bundle" / "docs").glob("*.md"))]
@@ -163,6 +167,28 @@ def test_the_picture_is_there():
     with Image.open(ROOT / "bundle" / "docs" / "dose.png") as picture:
         assert picture.width > 800
     assert "bundle/docs/dose.png" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def planned_study(tmp_path_factory) -> Path:
+    """A coarse synthetic patient with a planned dose, as DICOM."""
+    case = make_case("HeadNeck", 3, shape=(48, 48, 24))
+    plan = plan_dose(case, beamlet_mm=10.0, iterations=15, normalise=True)
+    folder = tmp_path_factory.mktemp("dicom") / "patient_3"
+    return write_study(with_dose(case, plan.dose_gy), folder, patient_id="DOCS_3", fluence=plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", sorted({command for _, command in COMMANDS
+                                            if re.search(r"run (inference|evaluate) ", command)
+                                            and "torchrun" not in command}))
+def test_the_runners_commands_as_they_are_written(command, planned_study, tmp_path):
+    shell = PYTHONS.sub(lambda _: sys.executable, command).replace(" DIR", f" {planned_study}").replace(
+        " OUT", f" {tmp_path}/out")
+    done = subprocess.run(shell, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    written = "metrics.json" if "evaluate" in command else "patient_3/RTDOSE.dcm"
+    assert (tmp_path / "out" / written).is_file()
 
 
 @pytest.mark.slow
