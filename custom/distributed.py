@@ -105,8 +105,9 @@ def validation_sampler(dataset: Sequence) -> DistributedSampler:
     Raises:
         CaseError: fewer cases than processes, which would leave some waiting for the others' scores.
     """
-    if len(dataset) < distributed.get_world_size():
-        raise CaseError(f"multi_gpu.json: {len(dataset)} validation cases for {distributed.get_world_size()} processes; "
+    count = distributed.get_world_size()
+    if len(dataset) < count:
+        raise CaseError(f"multi_gpu.json: {len(dataset)} validation cases for {count} processes; "
                         "each needs one. Give more cases, a larger --validation_share, or start fewer processes")
     return DistributedSampler(dataset, shuffle=False, even_divisible=False)
 

@@ -127,8 +127,8 @@ def time_encoding(t: Tensor, dim: int, longest_period: float = 10000.0) -> Tenso
 def position_encoding(shape: Sequence[int], dim: int, device: torch.device) -> Tensor:
     """Sinusoidal encoding of the voxel positions of a grid as ``(1, X*Y*Z, dim)``, a third of ``dim`` an axis."""
     part = dim // 6 * 2
-    axes = [time_encoding(torch.arange(int(n), device=device), part, 100.0) for n in shape]
-    i, j, k = (int(n) for n in shape)
+    axes = [time_encoding(torch.arange(n, device=device), part, 100.0) for n in shape]
+    i, j, k = shape  # no int(): a traced network is to take other sizes
     grid = torch.cat(
         [
             axes[0][:, None, None].expand(i, j, k, part),
@@ -137,7 +137,7 @@ def position_encoding(shape: Sequence[int], dim: int, device: torch.device) -> T
         ],
         dim=-1,
     )
-    return F.pad(grid.reshape(1, i * j * k, 3 * part), (0, dim - 3 * part))
+    return F.pad(grid.reshape(1, -1, 3 * part), (0, dim - 3 * part))
 
 
 class Attention(nn.Module):
