@@ -1,6 +1,7 @@
 """Command line: what MONAI Deploy's packager takes, with all it needs inside: ``make_package.py OUT``.
 
-``OUT/app`` holds the application and the bundle's code, ``OUT/models/rt_ct_dose_prediction`` the bundle.
+``OUT/app`` holds the application and the bundle's code with the data files it reads beside itself (``configs``),
+``OUT/models/rt_ct_dose_prediction`` the bundle.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for source, target in ((APP, "app"), (options.bundle / "custom", "app/custom"),
-                           (options.bundle, f"models/{NAME}")):
+                           (options.bundle / "configs", "app/configs"), (options.bundle, f"models/{NAME}")):
         folder = options.out / target
         if folder.exists():
             shutil.rmtree(folder)
