@@ -15,7 +15,7 @@ import numpy as np
 from pydicom.dataset import Dataset
 
 from custom.case import CaseError, Grid
-from custom.io.dataset import check_bounds, numbers, read_dataset
+from custom.io.dataset import check_bounds, numbers, read_dataset, reading
 
 __all__ = ["CT_SOP_CLASS", "ENHANCED_CT_SOP_CLASS", "CtSeries", "check_geometry", "read_ct"]
 
@@ -55,6 +55,11 @@ def read_ct(files: Sequence[Path]) -> CtSeries:
     Raises:
         CaseError: for missing or contradicting slices, a tilted gantry, or pixels that cannot be decoded.
     """
+    with reading(Path(files[0]).parent):
+        return _read_series(files)
+
+
+def _read_series(files: Sequence[Path]) -> CtSeries:
     notes: list[str] = []
     slices = [(read_dataset(p, stop_before_pixels=True), Path(p)) for p in sorted(files)]
     slices = _drop_localizers(slices, notes)
@@ -86,20 +91,36 @@ def _drop_localizers(slices: list, notes: list[str]) -> list:
 
 def _check_kind(slices: Sequence[tuple[Dataset, Path]]) -> None:
     """One patient, one frame of reference, Hounsfield units and grey values throughout the series."""
-    first, first_path = slices[0]
     for header, path in slices:
-        for key in ("PatientID", "FrameOfReferenceUID"):
-            if str(header.get(key) or "") != str(first.get(key) or ""):
-                raise CaseError(f"{path}: another {key} than {first_path.name} of the same series; expected one "
-                                "patient and one scan. Export the series anew")
-        kind = str(header.get("RescaleType") or "HU").upper()
-        if kind not in ("HU", "US"):
-            raise CaseError(f"{path}: RescaleType {kind!r}; expected Hounsfield units (HU). Choose the planning CT, "
-                            "not an effective-atomic-number or electron-density image")
-        photometric = str(header.get("PhotometricInterpretation") or "MONOCHROME2")
-        if photometric != "MONOCHROME2" or int(header.get("NumberOfFrames") or 1) != 1:
-            raise CaseError(f"{path}: {photometric} with {header.get('NumberOfFrames') or 1} frame(s); expected "
-                            "single-frame MONOCHROME2 CT images. Convert them")
+        with reading(path):
+            _check_slice(header, path, *slices[0])
+
+
+def _check_slice(header: Dataset, path: Path, first: Dataset, first_path: Path) -> None:
+    for key in ("PatientID", "FrameOfReferenceUID"):
+        if str(header.get(key) or "") != str(first.get(key) or ""):
+            raise CaseError(f"{path}: another {key} than {first_path.name} of the same series; expected one patient "
+                            "and one scan. Export the series anew")
+    kind = str(header.get("RescaleType") or "HU").upper()
+    if kind not in ("HU", "US"):
+        raise CaseError(f"{path}: RescaleType {kind!r}; expected Hounsfield units (HU). Choose the planning CT, not an "
+                        "effective-atomic-number or electron-density image")
+    photometric = str(header.get("PhotometricInterpretation") or "MONOCHROME2")
+    if photometric != "MONOCHROME2" or int(header.get("NumberOfFrames") or 1) != 1:
+        raise CaseError(f"{path}: {photometric} with {header.get('NumberOfFrames') or 1} frame(s); expected "
+                        "single-frame MONOCHROME2 CT images. Convert them")
+    for key in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns"):
+        if header.get(key) is None or header.get(key) == "":
+            raise CaseError(f"{path}: no {key}; expected a CT slice with its geometry. Export it anew")
+    for key, count in (("ImagePositionPatient", 3), ("ImageOrientationPatient", 6), ("PixelSpacing", 2)):
+        numbers(header, key, count, path)
+    if (header.Rows, header.Columns) != (first.Rows, first.Columns):
+        raise CaseError(f"{path}: {header.Rows}x{header.Columns} pixels, {first_path.name} has "
+                        f"{first.Rows}x{first.Columns}; one series must have one matrix. Remove what does not belong")
+    for key in ("ImageOrientationPatient", "PixelSpacing"):
+        if not np.allclose(_floats(header, key), _floats(first, key), atol=1e-3):
+            raise CaseError(f"{path}: {key} {_floats(header, key)} differs from {_floats(first, key)} of "
+                            f"{first_path.name}; keep one orientation in the series")
 
 
 def check_geometry(slices: Sequence[tuple[Dataset, Path]], notes: list[str]) -> tuple[Grid, list[int]]:
@@ -113,19 +134,6 @@ def check_geometry(slices: Sequence[tuple[Dataset, Path]], notes: list[str]) -> 
         CaseError: naming the file or the positions that contradict a regular grid.
     """
     first, first_path = slices[0]
-    for header, path in slices:
-        for key in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns"):
-            if header.get(key) is None or header.get(key) == "":
-                raise CaseError(f"{path}: no {key}; expected a CT slice with its geometry")
-        for key, count in (("ImagePositionPatient", 3), ("ImageOrientationPatient", 6), ("PixelSpacing", 2)):
-            numbers(header, key, count, path)
-        if (header.Rows, header.Columns) != (first.Rows, first.Columns):
-            raise CaseError(f"{path}: {header.Rows}x{header.Columns} pixels, {first_path.name} has "
-                            f"{first.Rows}x{first.Columns}; one series must have one matrix")
-        for key, tolerance in (("ImageOrientationPatient", 1e-3), ("PixelSpacing", 1e-3)):
-            if not np.allclose(_floats(header, key), _floats(first, key), atol=tolerance):
-                raise CaseError(f"{path}: {key} {_floats(header, key)} differs from {_floats(first, key)} of "
-                                f"{first_path.name}; keep one orientation in the series")
     row, column = _floats(first, "ImageOrientationPatient").reshape(2, 3)
     normal = np.cross(row, column)
     spacing = _floats(first, "PixelSpacing")  # (row, column) spacing: y first (PS3.3 10.7.1.3)

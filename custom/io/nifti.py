@@ -9,7 +9,7 @@ import numpy as np
 
 from custom.case import Grid
 
-__all__ = ["write_nifti"]
+__all__ = ["read_nifti", "write_nifti"]
 
 
 def write_nifti(path: str | Path, volume: np.ndarray, grid: Grid, description: str) -> None:
@@ -22,3 +22,8 @@ def write_nifti(path: str | Path, volume: np.ndarray, grid: Grid, description: s
     image.header.set_xyzt_units("mm")
     image.header["descrip"] = description.encode("ascii")[:79]
     nib.save(image, path)
+
+
+def read_nifti(path: str | Path) -> np.ndarray:
+    """The volume ``[i, j, k]`` that :func:`write_nifti` wrote, as float32."""
+    return np.asanyarray(nib.load(path).dataobj, dtype=np.float32)
