@@ -68,20 +68,24 @@ class Plan:
     gantry_deg: list[float]
 
 
-def load_objectives(path: str | Path | None = None, constraints: str | Path | None = None) -> tuple[Objective, ...]:
+def load_objectives(
+    path: str | Path | None = None, constraints: str | Path | Sequence[dict] | None = None
+) -> tuple[Objective, ...]:
     """Read the planning objectives, one JSON object a row, and let them follow the protocol's limits.
 
     Args:
         path: a file like ``configs/plan_objectives.json``, which is the default.
-        constraints: the protocol whose limits the rows follow (:mod:`custom.physics.limits`); by default the
-            ``constraints.json`` beside the objectives, where there is one.
+        constraints: the protocol whose limits the rows follow (:mod:`custom.physics.limits`), a file or its rows; by
+            default the ``constraints.json`` beside the objectives, where there is one.
 
     Raises:
         CaseError: a row that cannot be read; names the file and the row.
     """
     path = Path(path) if path else objectives_path()
-    beside = path.parent / "constraints.json"
-    protocol = read_protocol(constraints or beside) if constraints or beside.is_file() else []
+    if constraints is None:
+        beside = path.parent / "constraints.json"
+        constraints = beside if beside.is_file() else []
+    protocol = read_protocol(constraints) if isinstance(constraints, (str, Path)) else list(constraints)
     try:
         rows = json.loads(path.read_text())["objectives"]
         found = tuple(Objective(**follow(row, protocol)) for row in rows)

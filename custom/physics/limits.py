@@ -20,7 +20,7 @@ from typing import Any
 
 from custom.case import CaseError
 
-__all__ = ["Limit", "follow", "own_objectives", "read_protocol"]
+__all__ = ["Limit", "edited", "follow", "own_objectives", "protocol_path", "read_protocol"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,13 @@ class Limit:
     is_share: bool
 
 
+def protocol_path() -> Path:
+    """``configs/constraints.json`` beside this package, in the repository or in an assembled bundle."""
+    root = Path(__file__).resolve().parents[2]
+    inside = root / "configs" / "constraints.json"
+    return inside if inside.is_file() else root / "bundle" / "configs" / "constraints.json"
+
+
 def read_protocol(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a file like ``constraints.json``; their grammar is checked by ``custom.dosimetry.constraints``.
 
@@ -53,12 +60,28 @@ def read_protocol(path: str | Path) -> list[dict[str, Any]]:
     """
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))["constraints"]
-        for row in rows:
-            row["structure"], row["metric"], row["direction"], row["limit"]
+        if not all({"structure", "metric", "direction", "limit"} <= set(row) for row in rows):
+            raise KeyError("structure, metric, direction or limit")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CaseError(f"{path}: expected {{'constraints': [rows with structure, metric, direction and limit]}}, "
                         f"found: {error!r}") from error
     return rows
+
+
+def edited(protocol: list[dict[str, Any]], limits: Mapping[str, float | str]) -> list[dict[str, Any]]:
+    """The protocol with other limits.
+
+    Args:
+        protocol: :func:`read_protocol`'s rows.
+        limits: new limit by structure and metric, as ``{"SpinalCord Max[Gy]": 30}``.
+
+    Raises:
+        CaseError: a limit on what no row limits.
+    """
+    names = [f"{row['structure']} {row['metric']}" for row in protocol]
+    if unknown := sorted(set(limits) - set(names)):
+        raise CaseError(f"edited limits: no row on {unknown}; expected 'structure metric' as in {names[:3]}")
+    return [{**row, "limit": limits.get(name, row["limit"])} for name, row in zip(names, protocol)]
 
 
 def follow(row: Mapping[str, Any], protocol: list[dict[str, Any]]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
@@ -72,32 +73,46 @@ class ComplianceScore(CumulativeIterationMetric):
 class CompliancePlateau:
     """Ends a training whose compliance has not improved for a number of epochs (ADDiff-Dose, algorithm 1, step 14).
 
-    Attach it to the validator, and give it to ``WallClockSchedule(early_stop=...)``, which asks :attr:`exhausted`.
+    Attach it to the validator, and give it to ``WallClockSchedule(early_stop=...)``, which asks :attr:`exhausted`. It
+    takes the place of the export of the best weights, and does that too.
 
     Args:
         patience: epochs of training, not validations.
         metric: name in the validator's ``state.metrics``; higher is better.
         least: by how much a value must exceed the best one to count as better.
+        export: an ``EmaExport``, attached and checkpointed along; its own patience counts as well.
     """
 
-    def __init__(self, patience: int = 20, metric: str = "constraints_met_percent", least: float = 0.0) -> None:
-        self.patience, self.metric, self.least = patience, metric, least
+    def __init__(
+        self,
+        patience: int = 20,
+        metric: str = "constraints_met_percent",
+        least: float = 0.0,
+        export: Any = None,
+    ) -> None:
+        self.patience, self.metric, self.least, self.export = patience, metric, least, export
         self.best, self.best_epoch, self.epoch = -math.inf, 0, 0
 
     @property
     def exhausted(self) -> bool:
         """True when the patience is over."""
-        return self.epoch - self.best_epoch >= self.patience
+        export_is = self.export is not None and self.export.exhausted
+        return export_is or self.epoch - self.best_epoch >= self.patience
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._check)
+        if self.export is not None:
+            self.export.attach(engine)
 
     def state_dict(self) -> dict:
-        return {"best": self.best, "best_epoch": self.best_epoch, "epoch": self.epoch}
+        own = {"best": self.best, "best_epoch": self.best_epoch, "epoch": self.epoch}
+        return own if self.export is None else own | {"export": self.export.state_dict()}
 
     def load_state_dict(self, state: Mapping) -> None:
         self.best, self.best_epoch = float(state["best"]), int(state["best_epoch"])
         self.epoch = int(state["epoch"])
+        if self.export is not None:
+            self.export.load_state_dict(state["export"])
 
     def _check(self, engine: Engine) -> None:
         # MONAI's validators count the trainer's epochs.

@@ -15,7 +15,9 @@ import pytest
 from custom.case import Beam, Case, CaseError, Grid
 from custom.dosimetry.constraints import load_constraints
 from custom.physics.fluence import BeamModel, Objective, load_objectives, plan_dose
-from custom.physics.limits import follow, own_objectives, read_protocol
+from custom.physics.limits import edited, follow, own_objectives, protocol_path, read_protocol
+from custom.transforms.condition import ConditionChannelsd
+from custom.transforms.edited import EditedLimitsd
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "bundle" / "configs"
@@ -169,3 +171,25 @@ def test_the_plan_does_not_depend_on_the_hash_seed():
         for seed in (1, 2)
     }
     assert len(digests) == 1
+
+
+def test_limits_are_edited_in_memory():
+    protocol = [{"structure": "SpinalCord", "metric": "Max[Gy]", "direction": "<=", "limit": 45},
+                {"structure": "Heart", "metric": "Mean[Gy]", "direction": "<=", "limit": 26}]
+    assert [row["limit"] for row in edited(protocol, {"SpinalCord Max[Gy]": 30})] == [30, 26]
+    assert protocol[0]["limit"] == 45
+    with pytest.raises(CaseError, match="Cord Max"):
+        edited(protocol, {"Cord Max[Gy]": 30})
+    found = load_objectives(constraints=edited(read_protocol(protocol_path()), {"SpinalCord Max[Gy]": 22.5}))
+    assert next(row for row in found if row.structure == "SpinalCord").dose_gy == pytest.approx(19.2)
+
+
+def test_conditions_under_edited_limits_differ_in_the_plan_prior_only():
+    options = {"spatial_channels": ("body", "plan_prior"), "plan_beamlet_mm": 15.0, "plan_iterations": 10}
+    data = {"work": water()}
+    default, same, moved = (build(data)["image"].numpy() for build in (
+        ConditionChannelsd(**options), EditedLimitsd({"SpinalCord Max[Gy]": 45}, **options),
+        EditedLimitsd({"SpinalCord Max[Gy]": 15}, **options)))
+    assert np.array_equal(default, same) and np.array_equal(default[0], moved[0])
+    cord = water().masks["SpinalCord"]
+    assert moved[1][cord].max() < default[1][cord].max() - 0.05

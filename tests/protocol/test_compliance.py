@@ -120,3 +120,31 @@ def test_the_plateau_is_part_of_the_checkpoint():
     again = CompliancePlateau(20)
     again.load_state_dict(plateau.state_dict())
     assert again.state_dict() == {"best": 60.0, "best_epoch": 2, "epoch": 4} and not again.exhausted
+
+
+class Export:
+    """What the plateau needs of an export."""
+
+    patience, exhausted, seen = 3, False, 0
+
+    def attach(self, engine):
+        engine.add_event_handler(Events.EPOCH_COMPLETED, lambda e: setattr(self, "seen", self.seen + 1))
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+
+
+def test_the_plateau_carries_the_export_along():
+    plateau, validator = CompliancePlateau(20, export=Export()), Engine(lambda *_: None)
+    plateau.attach(validator)
+    validator.state.metrics, validator.state.epoch = {"constraints_met_percent": 50.0}, 4
+    validator.fire_event(Events.EPOCH_COMPLETED)
+    assert plateau.export.seen == 1 and plateau.state_dict()["export"] == {"seen": 1} and not plateau.exhausted
+    again = CompliancePlateau(20, export=Export())
+    again.load_state_dict(plateau.state_dict())
+    assert (again.best, again.export.seen) == (50.0, 1)
+    again.export.exhausted = True
+    assert again.exhausted

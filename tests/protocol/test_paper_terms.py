@@ -68,6 +68,14 @@ def test_mse_is_the_papers():
     assert float(terms["diffusion"]) == pytest.approx(float((0.3 - noise).square().mean()), rel=1e-5)
 
 
-def test_constraint_weight_is_the_papers_in_its_overlay():
-    overlay = json.loads((CONFIGS / "constraint_loss.json").read_text())
-    assert overlay["loss_weights"]["constraints"] == 0.5
+def test_the_overlay_adds_the_papers_constraint_loss_and_changes_nothing_else():
+    """lambda_2 = 0.5; what it has to repeat of train.json is the same there."""
+    overlay, base = (json.loads((CONFIGS / f"{name}.json").read_text()) for name in ("constraint_loss", "train"))
+    assert overlay["loss_weights"] == base["loss_weights"] | {"constraints": 0.5}
+    assert overlay["objective"]["objective"] == base["objective"]
+    validate = overlay["+validate"]
+    assert validate["export"]["export"] == base["validate"]["export"]
+    added = set(validate["evaluator"].pop("additional_metrics"))
+    assert validate["evaluator"] == base["validate"]["evaluator"]
+    assert added == {"constraints_met_percent", "reference_constraints_met_percent"}
+    assert overlay["compliance_patience"] == 20
