@@ -381,17 +381,34 @@ class HistoryWriter:
 
 
 class MetricsCollector:
-    """Gather each case's row of metrics and write ``metrics.csv`` and ``metrics.json`` when the run is over."""
+    """Gather each case's row of metrics and write ``metrics.csv`` and ``metrics.json`` when the run is over.
+
+    ``prediction_seconds`` is what the inferer took, without reading, conditions and files.
+    """
 
     def __init__(self, output_dir: str | Path) -> None:
         self.output_dir = Path(output_dir)
         self.rows: list[Mapping] = []
+        self.begun = self.seconds = 0.0
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, lambda _: self.rows.clear())
-        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: self.rows.extend(
-            item["metrics"] for item in e.state.output))
+        engine.add_event_handler(Events.ITERATION_STARTED, self._begin)
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._predicted)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
         engine.add_event_handler(Events.COMPLETED, self._write)
+
+    def _begin(self, engine: Engine) -> None:
+        self.begun = time.perf_counter()
+
+    def _predicted(self, engine: Engine) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - self.begun
+
+    def _add(self, engine: Engine) -> None:
+        items = engine.state.output
+        self.rows += [{**item["metrics"], "prediction_seconds": self.seconds / len(items)} for item in items]
 
     def _write(self, engine: Engine) -> None:
         if not self.rows:  # every case failed, which the evaluator says

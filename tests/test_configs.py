@@ -17,7 +17,8 @@ BASE = "inference.json"
 STAGES = ("train.json", "evaluate.json", "studies.json")  # each is laid over the base
 # each is laid over the base and a stage
 OVERLAYS = ("train_autoencoder.json", "ablations.json", "smoke.json", "multi_gpu.json", "shards.json", "deploy.json", "systems/*.json",
-            "constraint_loss.json", "guidance.json", "protocol_studies.json")
+            "constraint_loss.json", "guidance.json", "protocol_studies.json", "comparison.json",
+            "axial_studies.json")
 FILES = sorted(
     path.relative_to(CONFIGS).as_posix() for name in (BASE, *STAGES, *OVERLAYS) for path in CONFIGS.glob(name)
 )
@@ -47,6 +48,10 @@ ENTRY_KEYS = {
     "benchmark": "MONAI's runner: run id",
     "ablate": "MONAI's runner: run id, by custom.ablations",
     "ablations": "MONAI's runner: run id",
+    "comparison": "MONAI's runner: run id",
+    "tabulate": "MONAI's runner: run id",
+    "step_curve": "MONAI's runner: run id",
+    "seed_study": "MONAI's runner: run id",
     "train": "MONAI's runner: run id and the zoo's group of training objects",
     "train_autoencoder": "MONAI's runner: run id",
     "validate": "the zoo's group of validation objects",

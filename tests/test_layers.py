@@ -18,11 +18,11 @@ LAYERS = (
     {"io", "geometry", "dosimetry", "physics", "networks"},
     {"losses", "metrics", "protocol", "report", "phantom"},
     {"transforms", "objectives", "inferers", "engines", "datalists", "batch", "runner", "studies", "benchmark",
-     "ablations", "pictures"},
+     "ablations", "pictures", "comparison"},
     {"distributed"},
     {"release"},
 )
-EXTENDED = ("report", "phantom", "inferers", "objectives")
+EXTENDED = ("report", "phantom", "inferers", "objectives", "comparison")
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 # Third-party packages and their homes: file formats live in io, and in the phantom that writes studies.
 HOMES = {"pydicom": {"io", "phantom"}, "rt_utils": {"io", "phantom"}, "nibabel": {"io"}}
