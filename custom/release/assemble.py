@@ -22,6 +22,7 @@ NAME = "rt_ct_dose_prediction"  # the zoo's style: anatomy, modality, task
 PARTS = ("configs", "docs", "models")
 LEFT_OUT = ("release", "__pycache__")  # of custom/
 SHIPPED = {".conf", ".json", ".md", ".pt", ".py", ".txt", ".typed", ".png", ".svg", ".css", ".js"}
+TEXTS = (".conf", ".md", ".py")
 ZIP_TIME = (2026, 1, 1, 0, 0, 0)  # one for all files, so that the same release has the same checksum
 BLACK = ("black", "--quiet", "--line-length", "120", "--skip-magic-trailing-comma", "--target-version", "py310")
 ISORT = ("isort", "--quiet", "--profile", "black", "--line-length", "120", "--project", "custom")
@@ -57,6 +58,9 @@ def assemble(root: str | Path, dist: str | Path, formatted: bool = True) -> Path
         write_json(path, _relocated(read_json(path)))
     for path in (bundle / "docs").rglob("*.md"):
         path.write_text(_relocated(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in bundle.rglob("*"):
+        if path.suffix in TEXTS and (text := path.read_text(encoding="utf-8")):
+            path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
     synchronise_metadata(bundle / "configs")
     if formatted:
         for tool in (ISORT, BLACK):
@@ -127,12 +131,14 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def run_tool(command: tuple[str, ...], *paths: Path) -> str:
-    """Run a formatter or linter of this environment; its output.
+    """Run a formatter or linter of this environment on files, or on all Python files below folders; its output.
 
     Raises:
         CaseError: it is not installed, or it complains.
     """
-    done = subprocess.run([sys.executable, "-m", *command, *map(str, paths)], capture_output=True, text=True)
+    # File by file: black and isort pass over folders called "dist".
+    files = [str(file) for path in paths for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
+    done = subprocess.run([sys.executable, "-m", *command, *files], capture_output=True, text=True)
     text = (done.stdout + done.stderr).strip()
     if "No module named" in text:
         raise CaseError(f"{command[0]} is not installed; pip install -c constraints.txt -e '.[release]'")
