@@ -124,6 +124,24 @@ def test_what_a_runners_command_names_is_in_its_configs(page, command):
     assert set(options) - {"tracking"} <= known, f"{page}: {command!r} sets what nothing reads"
 
 
+def described() -> list[tuple[str, str]]:
+    """``(config, command)`` of the commands in the configs' own descriptions."""
+    found = []
+    for path in sorted(CONFIGS.rglob("*.json")):
+        text = str(json.loads(path.read_text(encoding="utf-8")).get("description"))
+        pattern = r"run \w+ --config_file (?:\"\[.*?\]\"|\S+)(?: --\w+ [\w./]*\w)*"
+        found += [(path.relative_to(CONFIGS).as_posix(), command) for command in re.findall(pattern, text)]
+    return found
+
+
+@pytest.mark.parametrize(("config", "command"), described())
+def test_what_a_configs_description_names_is_there(config, command):
+    run_id, files, options = options_of(command)
+    assert all(path.is_file() for path in files), f"{config}: {files}"
+    keys = {key.removeprefix("+") for path in files for key in json.loads(path.read_text(encoding="utf-8"))}
+    assert {run_id, *options} <= keys, f"{config}: {command!r} names what is in none of its files"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_spoken_of_exist(page):
     keys = {key.removeprefix("+") for path in CONFIGS.rglob("*.json") for key in json.loads(path.read_text())}
