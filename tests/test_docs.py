@@ -52,6 +52,13 @@ RUN_BY = {
     r"PY -m monai\.bundle run evaluate": "test_bundle.py::test_evaluate_writes_the_scores",
     r"PY -m monai\.bundle run train_autoencoder": "test_bundle.py::test_two_stage_training_survives_a_kill",
     r"PY -m monai\.bundle run train": "test_bundle.py::test_two_stage_training_survives_a_kill",
+    r"PY -m monai\.bundle run train --config_file .*systems/":
+        "test_systems.py::test_smoke_training_writes_finite_weights_and_scores",
+    r"PY -m monai\.bundle run evaluate --config_file .*systems/": "test_systems.py::test_evaluate_scores_the_system",
+    r"PY -m monai\.bundle run inference --config_file .*systems/": "test_systems.py::test_real_patient_gets_an_rtdose",
+    r"PY -m monai\.bundle run step_curve": "test_systems.py::test_studies_of_steps_and_seeds",
+    r"PY -m monai\.bundle run seed_study": "test_systems.py::test_studies_of_steps_and_seeds",
+    r"PY -m monai\.bundle run comparison": "test_systems.py::test_comparison_makes_table_and_figures",
     r"PY -m custom\.phantom OUT": "test_phantom.py::test_command_line",
 }
 PYTHONS = re.compile(r"^(\.venv/bin/)?python(?= )")
@@ -199,7 +206,7 @@ def planned_study(tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("command", sorted({command for _, command in COMMANDS
                                             if re.search(r"run (inference|evaluate) ", command)
-                                            and "torchrun" not in command}))
+                                            and "torchrun" not in command and "systems/" not in command}))
 def test_the_runners_commands_as_they_are_written(command, planned_study, tmp_path):
     shell = PYTHONS.sub(lambda _: sys.executable, command).replace(" DIR", f" {planned_study}").replace(
         " OUT", f" {tmp_path}/out")
