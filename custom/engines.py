@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import logging
 import math
 import os
@@ -418,6 +419,20 @@ class MetricsCollector:
                     summary["dvh_score"], self.output_dir / "metrics.json")
 
 
+def _check_hash(path: Path) -> None:
+    """Compare a weights file with the ``<file>.sha256`` beside it, where one was shipped (``sha256sum``'s format)."""
+    listed = path.with_name(f"{path.name}.sha256")
+    if not listed.is_file():
+        return
+    expected = listed.read_text(encoding="ascii", errors="replace").split()[:1]
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read())
+    if [found.hexdigest()] != expected:
+        raise CaseError(f"{path}: its SHA-256 is {found.hexdigest()[:16]}..., {listed.name} says "
+                        f"{''.join(expected)[:16]}...: not the file that was shipped. Download it anew; if you "
+                        f"replaced it on purpose, write the new hash: cd {path.parent} && sha256sum {path.name} > {listed.name}")
+
+
 class WeightsLoader:
     """Load a raw ``state_dict`` into the network before the run; without weights there is no prediction.
 
@@ -448,6 +463,7 @@ class WeightsLoader:
         if not path.is_file():
             raise CaseError(f"no weights at {path}: the network is not trained, so nothing is predicted. Take the "
                             "released bundle's models/model.pt, or train one (README, 'I want to train')")
+        _check_hash(path)
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:

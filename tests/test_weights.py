@@ -12,6 +12,9 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
+from custom.case import CaseError
+from custom.engines import WeightsLoader
+
 BUNDLE = Path(__file__).resolve().parents[1] / "bundle"
 WEIGHTS = BUNDLE / "models" / "model.pt"
 
@@ -20,6 +23,24 @@ WEIGHTS = BUNDLE / "models" / "model.pt"
 def test_the_model_card_names_the_weights():
     digest = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
     assert digest in (BUNDLE / "docs" / "README.md").read_text()
+
+
+@pytest.mark.skipif(not WEIGHTS.is_file(), reason=f"no trained weights at {WEIGHTS}")
+def test_the_hash_beside_the_weights_is_theirs():
+    digest = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
+    listed = WEIGHTS.with_name("model.pt.sha256").read_text()
+    assert listed == f"{digest}  model.pt\n", "after new weights: sha256sum model.pt > model.pt.sha256"
+
+
+def test_weights_that_do_not_have_their_hash_are_refused(tmp_path):
+    network = torch.nn.Linear(2, 2)
+    path = tmp_path / "w.pt"
+    torch.save(network.state_dict(), path)
+    (tmp_path / "w.pt.sha256").write_text(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  w.pt\n")
+    WeightsLoader(path, network).load()
+    torch.save(torch.nn.Linear(2, 2).state_dict(), path)
+    with pytest.raises(CaseError, match="w.pt: its SHA-256 is .* not the file that was shipped"):
+        WeightsLoader(path, network).load()
 
 
 @pytest.mark.skipif(not WEIGHTS.is_file(), reason=f"no trained weights at {WEIGHTS}")
