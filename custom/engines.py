@@ -430,7 +430,7 @@ def _check_hash(path: Path) -> None:
     if [found.hexdigest()] != expected:
         raise CaseError(f"{path}: its SHA-256 is {found.hexdigest()[:16]}..., {listed.name} says "
                         f"{''.join(expected)[:16]}...: not the file that was shipped. Download it anew; if you "
-                        f"replaced it on purpose, write the new hash: cd {path.parent} && sha256sum {path.name} > {listed.name}")
+                        f"replaced it on purpose, write the new one: sha256sum {path.name} > {listed.name}")
 
 
 class WeightsLoader:
