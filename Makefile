@@ -100,6 +100,30 @@ release: $(RELEASE_TOOLS)  ## dist/<name>_v<version> and its zip, checked, and t
 dockerfile: $(RELEASE_TOOLS)  ## lint the Dockerfile
 	$(BIN)/hadolint Dockerfile
 
+FUZZ_INPUTS ?= 5000
+FUZZ_SEED ?= 0
+FAULT_KILLS ?= 20
+AUDIT_VENV ?= .venv-audit
+AUDIT := bandit==1.9.4 pip-audit==2.10.1
+
+.PHONY: fuzz faults audit audit-code
+
+fuzz: $(STAMP)  ## damaged bytes for every reader (FUZZ_INPUTS=5000 files a reader, FUZZ_SEED=0)
+	FUZZ_INPUTS=$(FUZZ_INPUTS) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest tests/fuzz
+
+faults: $(STAMP)  ## kills, a full disk, bad weights, the memory of a large case (FAULT_KILLS=20, a quarter of an hour and more)
+	FAULT_KILLS=$(FAULT_KILLS) $(BIN)/python -m pytest -m slow tests/faults tests/bad_input
+
+$(AUDIT_VENV)/bin/bandit: | $(STAMP)
+	$(BIN)/python -m venv $(AUDIT_VENV)
+	$(AUDIT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(AUDIT)
+
+audit-code: $(AUDIT_VENV)/bin/bandit  ## bandit over the code; what it leaves is in bundle/docs/safety.md
+	$(AUDIT_VENV)/bin/bandit --quiet --recursive custom -ll
+
+audit: audit-code  ## bandit, and the known vulnerabilities of the pinned dependencies (asks PyPI about each)
+	$(AUDIT_VENV)/bin/pip-audit --disable-pip --no-deps --requirement constraints.txt
+
 lint: $(STAMP)  ## ruff over the whole tree
 	$(BIN)/ruff check .
 
