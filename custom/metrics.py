@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.metrics import CumulativeIterationMetric
+from scipy import stats
 
 from custom.case import Case, CaseError
 from custom.dosimetry.constraints import Constraint, check, compliance
@@ -145,7 +146,8 @@ def summarise(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
     Returns:
         ``dose_score`` (mean over cases, Gy), ``dvh_score`` (mean over *all* pooled (case, metric, structure) values, as
-        OpenKBP has it, Gy), ``cases``, and ``metrics``: name -> ``{"mean", "std", "cases"}``, nan where none applies.
+        OpenKBP has it, Gy), each with ``..._interval``, its 95 % interval by bootstrap over patients; ``cases``, and
+        ``metrics``: name -> ``{"mean", "std", "cases"}``, nan where none applies.
     """
     metrics = {}
     for name in _numeric_names(rows):
@@ -156,14 +158,29 @@ def summarise(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
             "std": float(values.std(ddof=1)) if values.size > 1 else math.nan,
             "cases": int(values.size),
         }
-    pooled = [float(v) for row in rows for k, v in row.items() if k.startswith(DVH_ERROR + "/") and not math.isnan(v)]
-    dose = metrics.get("openkbp_dose_error_gy", {"mean": math.nan})
+    errors = [[float(v) for k, v in row.items() if k.startswith(DVH_ERROR + "/") and not math.isnan(v)] for row in rows]
+    pooled = [error for row in errors for error in row]
+    doses = [[float(row.get("openkbp_dose_error_gy", math.nan))] for row in rows]
     return {
-        "dose_score": dose["mean"],
+        "dose_score": metrics.get("openkbp_dose_error_gy", {"mean": math.nan})["mean"],
+        "dose_score_interval": _interval(doses),
         "dvh_score": float(np.mean(pooled)) if pooled else math.nan,
+        "dvh_score_interval": _interval(errors),
         "cases": len(rows),
         "metrics": metrics,
     }
+
+
+def _interval(patients: Sequence[Sequence[float]]) -> list[float]:
+    """95 % percentile bootstrap interval of the pooled mean, drawing patients with all their figures; nan for one."""
+    values = [np.asarray(own)[~np.isnan(own)] for own in patients]
+    values = [own for own in values if own.size]
+    if len(values) < 2:
+        return [math.nan, math.nan]
+    sums, counts = np.array([own.sum() for own in values]), np.array([float(own.size) for own in values])
+    found = stats.bootstrap((sums, counts), lambda s, n, axis=-1: s.sum(axis) / n.sum(axis), paired=True,
+                            vectorized=True, method="percentile", random_state=0)
+    return [float(found.confidence_interval.low), float(found.confidence_interval.high)]
 
 
 def write_metrics(rows: Sequence[Mapping[str, Any]], out_dir: str | Path) -> dict[str, Any]:

@@ -185,3 +185,15 @@ class TestDoseScore:
             DoseScore()(self.y_pred, self.y[:, :, :2])
         with pytest.raises(ValueError, match="no body voxels"):
             DoseScore()(self.y_pred, self.y, body=0 * self.body)
+
+
+def test_intervals_are_those_of_the_mean_over_patients():
+    """Many normal values: the mean +- 1.96 s / sqrt(n). The figures of a patient are drawn together."""
+    rng = np.random.default_rng(0)
+    doses = rng.normal(3.0, 1.0, 400)
+    rows = [{"openkbp_dose_error_gy": d, "openkbp_dvh_error/a/x": d, "openkbp_dvh_error/b/y": d} for d in doses]
+    summary = summarise(rows)
+    half = 1.96 * doses.std() / 20
+    for score in ("dose_score", "dvh_score"):  # two equal figures a patient tell no more than one
+        assert summary[f"{score}_interval"] == pytest.approx([doses.mean() - half, doses.mean() + half], abs=0.01)
+    assert np.isnan(summarise(rows[:1])["dose_score_interval"]).all()
