@@ -118,7 +118,7 @@ def test_the_recipe_gives_a_network_that_learns_and_predicts(tmp_path, monkeypat
     overlay = follow_recipe(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     found = step_and_predict(parse(str(overlay)))
-    assert found["dose"].shape == (1, 1, 24, 20, 8) and float(found["l1"]) > 0
+    assert found["dose"].shape == (1, 1, 24, 20, 8) and float(found["l1"].detach()) > 0
 
 
 # ------------------------------------------------------------------------------------------- through the runner
