@@ -105,8 +105,8 @@ def test_linter_accepts_the_dockerfile():
         pytest.skip("hadolint is not installed (make dockerfile installs it)")
     done = subprocess.run([hadolint, str(ROOT / "Dockerfile")], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    faulty = subprocess.run([hadolint, "-"], input="FROM debian\nRUN apt-get install x\n", text=True, capture_output=True,
-                            check=False)
+    faulty = subprocess.run([hadolint, "-"], input="FROM debian\nRUN apt-get install x\n", text=True,
+                            capture_output=True)
     assert faulty.returncode != 0
 
 
