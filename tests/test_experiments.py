@@ -62,7 +62,8 @@ def test_argument_file_names_configs_and_known_keys(path):
 
 def commands(page: str) -> list[str]:
     """Command lines of a page's blocks, continued lines joined; Python, Slurm's settings and comments left out."""
-    blocks = re.findall(r"^```\n(.*?)^```$", (DOCS / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    text = (DOCS / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(?!python)\w*\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [line for line in lines if line and not line.startswith("#")]
 
