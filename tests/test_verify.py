@@ -171,6 +171,13 @@ def test_a_checkout_of_the_zoo_is_used_and_left_as_it_was(bundle, tmp_path):
         verify.run_checkout(bundle, zoo, schema)
 
 
+@pytest.mark.parametrize("group", ["train", "validate"])
+def test_handlers_are_objects_since_monai_looks_into_them(release, group):
+    """A reference among them crashes MONAI's check_properties; custom.engines.Attached stands for one."""
+    handlers = read_json(release / "configs" / "train.json")[group]["handlers"]
+    assert [handler for handler in handlers if not isinstance(handler, dict) or "_target_" not in handler] == []
+
+
 @pytest.mark.slow
 def test_monai_loads_traces_and_accepts_the_bundle(release):
     """In the bundle's own folder and code: verify_net_in_out, check_properties, load, create_workflow, ckpt_export."""
