@@ -78,7 +78,7 @@ def read_dicom(path: str | Path, options: ReadOptions | None = None) -> Case:
     masks = {name: _mask(structures, rois[i], ct, options.mask_engine, notes, name in levels)
              for name, i in chosen.index.items()}
     if BODY not in masks:
-        masks[BODY] = _body(rois, ct, notes)
+        masks[BODY] = _body(rois, ct, [masks[target] for target in levels], notes)
     check_hu(ct.hu, masks[BODY], path)
     beams = _beams(plan, options, masks, levels, ct.grid, notes)
     check_isocentres(beams, masks[BODY], ct.grid, plan.path if plan else path, notes)
@@ -253,13 +253,18 @@ def _plan_prescription(plan: Plan | None, structures: StructureSet, chosen: RoiA
     return by_name or max(plan.prescription_gy.values())
 
 
-def _body(rois, ct: CtSeries, notes: list[str]) -> np.ndarray:
+def _body(rois, ct: CtSeries, targets: list[np.ndarray], notes: list[str]) -> np.ndarray:
     external = [r for r in rois if r.kind == "EXTERNAL"]
     if len(external) == 1:
         notes.append(f"Body: the ROI {external[0].name!r} of type EXTERNAL")
         return rasterise(external[0], ct.grid, notes)
     notes.append("no external contour: Body is taken from the CT (above -400 HU, largest part, holes filled)")
-    return body_from_ct(ct.hu)
+    body, target = body_from_ct(ct.hu), np.logical_or.reduce(targets)
+    outside_cc = float((target & ~body).sum() * ct.grid.voxel_cc)
+    if outside_cc > 0:
+        notes.append(f"{outside_cc:.1f} cc of the targets lie outside the Body taken from the CT, as in a lung that "
+                     "the image cuts; they are counted to it")
+    return body | target
 
 
 def _beams(plan: Plan | None, options: ReadOptions, masks, levels, grid: Grid, notes: list[str]):

@@ -39,6 +39,20 @@ def test_notes_tell_what_was_assumed_and_left_out(tmp_path):
         assert part in notes
 
 
+def test_target_in_a_lung_cut_by_the_image_belongs_to_the_body(tmp_path):
+    """Without an external contour the Body is what is dense; air open to the edge is not, but a target in it is."""
+    study = Study(tmp_path, oriented_grid())
+    hu = np.zeros(study.grid.shape)
+    hu[:8] = -800.0
+    study.write_ct(hu)
+    study.write_structures({"PTV60": box((3.5, 5.5), (11.5, 9.5), range(3, 8))})
+    case = read_case(tmp_path)
+    inside = case.masks["PTV_6000"]
+    assert inside[4:12, 6:10, 3:8].all() and not (inside & ~case.body).any()
+    assert case.body[10:20, 4:16].all() and case.body[:8].sum() == inside[:8].sum() == 4 * 4 * 5
+    assert any("outside the Body" in note for note in case.source["notes"])
+
+
 def test_plan_gives_beams_and_reference_dose_comes_along(tmp_path):
     study, _ = head_and_neck(tmp_path, "HFP")
     study.write_plan(FIELDS, position="HFP")
