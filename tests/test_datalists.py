@@ -88,3 +88,28 @@ def test_prepare_reads_every_case_once():
 
     prepare([Cases("abc"), Cases("d")], num_workers=0)
     assert read == [0, 1, 2, 0]
+
+
+def test_cases_of_one_name_get_names_of_their_own(tmp_path):
+    openkbp(tmp_path, "a/pt_1", "b/pt_1", "b/PT_2", "c/pt_2", "c/pt_3")
+    found = {Path(case["image"]).relative_to(tmp_path).as_posix(): case.get("case_name") for case in
+             list_cases(tmp_path)}
+    assert found == {"a/pt_1": "a_pt_1", "b/pt_1": "b_pt_1", "b/PT_2": "b_PT_2", "c/pt_2": "c_pt_2", "c/pt_3": None}
+
+
+def test_deeper_folders_tell_apart_what_their_parents_do_not(tmp_path):
+    openkbp(tmp_path, "x/plan/pt_1", "y/plan/pt_1", "y_plan/pt_1")
+    names = [case["case_name"].lower() for case in list_cases(tmp_path)]
+    assert len(set(names)) == 3 and all(name.endswith("pt_1") for name in names)
+
+
+def test_cases_with_a_report_are_left_out_on_demand(tmp_path):
+    data, out = openkbp(tmp_path / "data", "pt_1", "pt_2"), tmp_path / "out"
+    (out / "pt_1").mkdir(parents=True)
+    assert len(list_cases(data, done_in=out)) == 2, "a folder without a report is not done"
+    (out / "pt_1" / "report.json").write_text("{}")
+    assert names(list_cases(data, done_in=out)) == ["pt_2"] and len(list_cases(data)) == 2
+    (out / "pt_2").mkdir()
+    (out / "pt_2" / "report.json").write_text("{}")
+    with pytest.raises(CaseError, match="all 2 cases have a report.*skip_done"):
+        list_cases(data, done_in=out)

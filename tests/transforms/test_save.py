@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import socket
+import subprocess
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -51,6 +54,37 @@ def test_folder_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(CaseError, match="cannot write to .*file.*another output_dir"):
         with whole_folder(tmp_path / "file" / "one"):
             pass
+
+
+def dead_pid() -> int:
+    """Of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def test_what_a_killed_run_left_is_removed_and_what_it_put_aside_comes_back(tmp_path):
+    """Killed between putting the older results aside and putting the new ones in their place."""
+    part = tmp_path / f".one.part.{socket.gethostname()}.{dead_pid()}"
+    for folder, text in ((part, "half"), (Path(f"{part}.old"), "older")):
+        folder.mkdir()
+        (folder / "dose.txt").write_text(text)
+    alive = tmp_path / f".one.part.{socket.gethostname()}.1"
+    elsewhere = tmp_path / ".one.part.another-machine.99999999"
+    alive.mkdir(), elsewhere.mkdir()
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "one"):
+        raise RuntimeError
+    assert {p.name for p in tmp_path.iterdir()} == {"one", alive.name, elsewhere.name}
+    assert (tmp_path / "one" / "dose.txt").read_text() == "older"
+
+
+def test_results_of_another_kind_do_not_stay_beside_new_ones(tmp_path):
+    (tmp_path / "one").mkdir()
+    for name in ("RTDOSE.dcm", "notes.txt"):
+        (tmp_path / "one" / name).write_text("yesterday's")
+    with whole_folder(tmp_path / "one") as folder:
+        (folder / "dose.csv").write_text("today's")
+    assert {p.name for p in (tmp_path / "one").iterdir()} == {"dose.csv", "notes.txt"}
 
 
 # ------------------------------------------------------------------------------------------------------ DICOM case
