@@ -216,6 +216,8 @@ class WallClockSchedule:
         engine.state.progress = progress
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * self.factor(min(progress, 1.0))
+        if isinstance(self.early_stop, EmaExport):
+            self.early_stop.enter_phase(int(0.0 < self.restart_at <= progress))
         if self.early_stop is not None and self.early_stop.exhausted:
             logger.info("no better for %d validations: stopped early", self.early_stop.patience)
             engine.terminate()
@@ -262,7 +264,9 @@ class Resume:
 
 
 class EmaExport:
-    """After each validation keep the averaged weights as a raw ``model.pt`` when the score is the best so far.
+    """After each validation keep the averaged weights as a raw ``model.pt`` when the score is the best of its phase.
+
+    A new phase trains another part, so its first weights replace those of the phase before, whatever they score.
 
     Args:
         network: module whose ``state_dict`` is exported (the averaged one).
@@ -275,7 +279,12 @@ class EmaExport:
                  patience: int | None = None) -> None:
         self.network, self.path, self.metric = network, Path(folder) / "model.pt", metric
         self.patience = patience
-        self.best, self.since = math.inf, 0
+        self.best, self.since, self.phase = math.inf, 0, 0
+
+    def enter_phase(self, phase: int) -> None:
+        """Begin anew when ``phase`` is another one."""
+        if phase != self.phase:
+            self.best, self.since, self.phase = math.inf, 0, phase
 
     @property
     def exhausted(self) -> bool:
@@ -286,10 +295,10 @@ class EmaExport:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._check)
 
     def state_dict(self) -> dict:
-        return {"best": self.best, "since": self.since}
+        return {"best": self.best, "since": self.since, "phase": self.phase}
 
     def load_state_dict(self, state: Mapping) -> None:
-        self.best, self.since = float(state["best"]), int(state["since"])
+        self.best, self.since, self.phase = float(state["best"]), int(state["since"]), int(state.get("phase", 0))
 
     def _check(self, engine: Engine) -> None:
         value = float(engine.state.metrics[self.metric])

@@ -14,6 +14,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data import DataLoader, MetaTensor, decollate_batch
 from monai.engines import SupervisedTrainer
+from monai.engines.utils import IterationEvents
 
 from custom import engines
 from custom.case import CaseError
@@ -344,10 +345,29 @@ def test_best_averaged_weights_are_exported_and_patience_ends(tmp_path, optimize
     WallClockSchedule(optimizer, early_stop=export).attach(trainer)
     trainer.run([0], max_epochs=9)
     assert kept == [1, 2, 2, 2] and [p.name for p in (tmp_path / "models").iterdir()] == ["model.pt"]
-    assert export.state_dict() == {"best": 2.0, "since": 2} and export.exhausted
+    assert export.state_dict() == {"best": 2.0, "since": 2, "phase": 0} and export.exhausted
     again = EmaExport(network, tmp_path)  # without patience
     again.load_state_dict(export.state_dict())
     assert (again.best, again.since, again.exhausted) == (2.0, 2, False)
+
+
+def test_the_best_of_the_last_phase_is_exported(tmp_path, optimizer):
+    """The second phase scores worse, but only its weights have its part trained."""
+    network, scores = one_weight(0.0), iter([3.0, 2.0, 2.4, 2.3])
+    trainer, validator = Engine(lambda engine, batch: None), Engine(lambda engine, batch: None)
+    validator.add_event_handler(Events.EPOCH_STARTED, lambda e: e.state.metrics.update(dose_score=next(scores)))
+    export, kept = EmaExport(network, tmp_path), []
+    export.attach(validator)
+
+    def validate(engine):
+        torch.nn.init.constant_(network.weight, engine.state.epoch)
+        validator.run([0])
+        kept.append(torch.load(tmp_path / "model.pt", weights_only=True)["weight"].item())
+
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, validate)
+    WallClockSchedule(optimizer, restart_at=0.5, early_stop=export).attach(trainer)
+    trainer.run([0], max_epochs=4)
+    assert kept == [1, 2, 3, 4] and export.best == 2.3
 
 
 @pytest.mark.parametrize(
@@ -388,6 +408,7 @@ def test_history_has_the_means_of_each_epoch_and_each_validation(tmp_path):
 
 def test_metrics_of_all_cases_are_written_once_the_run_is_over(tmp_path):
     engine = Engine(lambda engine, batch: [{"metrics": {"case": f"pt_{batch}", "openkbp_dose_error_gy": float(batch)}}])
+    engine.register_events(*IterationEvents)
     MetricsCollector(tmp_path).attach(engine)
     engine.run([1, 3])
     engine.run([2, 4], max_epochs=1)
