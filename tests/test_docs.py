@@ -72,7 +72,6 @@ RUN_BY = {
     r"make verify": "test_verify.py::test_make_verify_passes",
     r"make metadata": "test_release.py::test_metadata_in_the_repository_is_up_to_date",
     r"PY -m monai\.bundle ckpt_export": "test_verify.py::test_monai_loads_traces_and_accepts_the_bundle",
-    r"pip install \.": "test_release.py::test_release_predicts_from_its_zip_in_an_empty_environment",
     # systems.md
     r"PY -m monai\.bundle run step_curve": "test_systems.py::test_studies_of_steps_and_seeds",
     r"PY -m monai\.bundle run seed_study": "test_systems.py::test_studies_of_steps_and_seeds",
@@ -127,10 +126,11 @@ def rows_for(command: str) -> list[str]:
 
 @every_command
 def test_every_command_is_run_by_a_test(page, command):
-    for row, said in NOT_RUN.items():
-        if re.match(row, command):
-            assert said in " ".join((ROOT / page).read_text(encoding="utf-8").split()), f"{page}: say that it was not run"
-            return
+    not_run = [said for row, said in NOT_RUN.items() if re.match(row, command)]
+    text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+    if not_run:
+        assert not_run[0] in text, f"{page}: say that {command!r} was not run"
+        return
     assert rows_for(command), f"{page}: no test runs {command!r}; write one and name it in RUN_BY"
 
 
@@ -203,7 +203,7 @@ def test_links_and_files_are_there(page):
         if not target.startswith(("http", "mailto")):
             assert (page.parent / target).exists(), f"{page.name}: no {target}"
     for target in re.findall(r"`((?:bundle|custom|apps|tests)/[\w./-]*)`", text):
-        assert (ROOT / target).exists(), f"{page.name}: no {target}"
+        assert (ROOT / target).exists() or "/my_" in target, f"{page.name}: no {target}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
