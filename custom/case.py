@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -199,8 +200,7 @@ class Case:
                 raise CaseError(f"case {self.name}: prescription for {roi!r}, which is not among {sorted(self.masks)}")
             if not 0 < gy < 200:
                 raise CaseError(f"case {self.name}: prescription of {roi!r} is {gy:g} Gy; expected 0 to 200 Gy")
-        arrays = {**self.masks, "ct": self.ct_hu, "dose": self.dose_gy}
-        for key, array in arrays.items():
+        for key, array in chain(self.masks.items(), (("ct", self.ct_hu), ("dose", self.dose_gy))):
             if array is not None and array.shape != self.grid.shape:
                 raise CaseError(f"case {self.name}: {key} has shape {array.shape}, the grid {self.grid.shape}")
         if not self.beams:

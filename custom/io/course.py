@@ -87,7 +87,9 @@ def check_hu(ct_hu: np.ndarray, body: np.ndarray, path: str | Path) -> None:
     low, high = TISSUE_HU
     if not np.isfinite(ct_hu).all():
         raise CaseError(f"{path}: the CT holds values that are not finite; export it anew")
-    median = float(np.median(ct_hu[body])) if body.any() else 0.0
+    step = tuple(slice(None, None, max(1, n // 128)) for n in body.shape)  # the median of a part will do
+    inside = ct_hu[step][body[step]]
+    median = float(np.median(inside)) if inside.size else 0.0
     if not low <= median <= high:
         raise CaseError(f"{path}: the median inside the body is {median:.0f} HU; expected {low:g} to {high:g}. The CT "
                         "is not in Hounsfield units (check its rescale slope and intercept), or is cut short")

@@ -31,6 +31,7 @@ from custom.io.course import (
     technique_of,
 )
 from custom.io.ct import CT_SOP_CLASS, ENHANCED_CT_SOP_CLASS, CtSeries, read_ct
+from custom.io.masks import BoxedMasks
 from custom.io.rtdose import RTDOSE_SOP_CLASS, combine_doses, read_rtdose
 from custom.io.rtplan import ION_PLAN_SOP_CLASS, RTPLAN_SOP_CLASS, Plan, read_rtplan
 from custom.io.rtstruct import RTSTRUCT_SOP_CLASS, StructureSet, rasterise, read_rtstruct, rt_utils_mask
@@ -75,10 +76,11 @@ def read_dicom(path: str | Path, options: ReadOptions | None = None) -> Case:
     notes += chosen.notes
     levels, more = _prescribe(structures, names, chosen, plan_gy, options)
     notes += more
-    masks = {name: _mask(structures, rois[i], ct, options.mask_engine, notes, name in levels)
-             for name, i in chosen.index.items()}
+    masks = BoxedMasks(ct.grid.shape)
+    for name, i in chosen.index.items():
+        masks.add(name, _mask(structures, rois[i], ct, options.mask_engine, notes, name in levels))
     if BODY not in masks:
-        masks[BODY] = _body(rois, ct, [masks[target] for target in levels], notes)
+        masks.add(BODY, _body(rois, ct, [masks[target] for target in levels], notes))
     check_hu(ct.hu, masks[BODY], path)
     beams = _beams(plan, options, masks, levels, ct.grid, notes)
     check_isocentres(beams, masks[BODY], ct.grid, plan.path if plan else path, notes)

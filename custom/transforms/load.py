@@ -80,7 +80,7 @@ def to_working_grid(case: Case, spacing_mm, finest_mm, margin: int = 2) -> Case:
     cropped = case.grid.crop(box)
     if cropped.is_axis_aligned and (cropped.spacing_mm >= np.asarray(finest_mm) - 1e-6).all():
         return replace(
-            case, grid=cropped, masks={roi: mask[box] for roi, mask in case.masks.items()},
+            case, grid=cropped, masks={roi: mask[box].copy() for roi, mask in case.masks.items()},
             ct_hu=None if case.ct_hu is None else np.asarray(case.ct_hu[box], dtype=np.float32),
             dose_gy=None if case.dose_gy is None else case.dose_gy[box])
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in cropped.shape])).reshape(3, -1).T

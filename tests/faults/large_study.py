@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from custom.rois import RoiTable
 from tests.bad_input.bundle_runs import CONFIGS
 from tests.io.dicom_builder import Study, oriented_grid
 
@@ -30,7 +31,8 @@ def write_large_study(folder: Path) -> Path:
         study.save(study.ct_slice(Uniform(), k), f"CT/{k:03d}.dcm")
     rows = json.loads((CONFIGS / "roi_aliases.json").read_text())["rows"]
     targets = ("Body", "PTV", "CTV", "GTV", "ITV")
-    organs = [row["name"] for row in rows if not row.get("name", "PTV").startswith(targets)]
+    names = [row["name"] for row in rows if not row.get("name", "PTV").startswith(targets) and "{" not in row["name"]]
+    organs = [name for name in dict.fromkeys(names) if RoiTable().match(name).name == name]
     rng = np.random.default_rng(0)
     rois = {"Body": ellipses(256, 256, 231, 151, range(SHAPE[2])), "PTV70": ellipses(256, 256, 40, 30, range(180, 220)),
             "PTV56": ellipses(256, 256, 60, 50, range(160, 240))}
