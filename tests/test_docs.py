@@ -72,6 +72,12 @@ RUN_BY = {
     r"make verify": "test_verify.py::test_make_verify_passes",
     r"make metadata": "test_release.py::test_metadata_in_the_repository_is_up_to_date",
     r"PY -m monai\.bundle ckpt_export": "test_verify.py::test_monai_loads_traces_and_accepts_the_bundle",
+    # studies.md
+    r"PY -m monai\.bundle run steps": "test_studies_run.py::test_steps",
+    r"PY -m monai\.bundle run robustness": "test_studies_run.py::test_robustness",
+    r"PY -m monai\.bundle run calibration": "test_studies_run.py::test_calibration",
+    r"PY -m monai\.bundle run ablations": "test_ablations.py::test_each_variant_is_run_once_and_compared_with_the_first",
+    r"make bench": "test_studies_run.py::test_benchmark",
     # systems.md
     r"PY -m monai\.bundle run step_curve": "test_systems.py::test_studies_of_steps_and_seeds",
     r"PY -m monai\.bundle run seed_study": "test_systems.py::test_studies_of_steps_and_seeds",

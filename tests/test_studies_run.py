@@ -1,0 +1,68 @@
+"""The studies through MONAI's runner, with the shipped weights, on two coarse synthetic patients."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from custom.phantom import make_case, with_dose, write_study
+from custom.physics.fluence import plan_dose
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = [str(ROOT / "bundle" / "configs" / name) for name in ("inference.json", "studies.json")]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def patients(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("patients")
+    for seed in (1, 2):
+        case = make_case("HeadNeck", seed, spacing_mm=(6.0, 6.0, 6.0), shape=(64, 64, 32))
+        dose = plan_dose(case, beamlet_mm=8.0, iterations=25, normalise=True).dose_gy
+        write_study(with_dose(case, dose), folder / f"p{seed}")
+    return folder
+
+
+def run(what: str, patients: Path, out: Path, *options: str) -> dict:
+    command = [sys.executable, "-m", "monai.bundle", "run", what, "--config_file", str(CONFIGS), "--dataset_dir",
+               str(patients), "--output_dir", str(out), *options]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((out / f"{what}.json").read_text())
+
+
+def test_steps(patients, tmp_path):
+    found = run("steps", patients, tmp_path)
+    assert list(found)[:3] == ["plan prior alone", "network's prior", "1 step"] and len(found) == 8
+    assert all(row["cases"] == 2 and 0 < row["dose_score"] < 20 for row in found.values())
+    # these references come from the plan prior's own engine
+    assert found["plan prior alone"]["dose_score"] < 6
+    assert found["1 step"]["dose_score"] != found["8 steps"]["dose_score"]
+
+
+def test_robustness(patients, tmp_path):
+    found = run("robustness", patients, tmp_path, "--every", "2")
+    assert found["all inputs"]["cases"] == 1 and found["without CT"]["cases"] == 1
+    assert found["without CT"]["dose_score"] != found["all inputs"]["dose_score"]
+
+
+def test_calibration(patients, tmp_path):
+    found = run("calibration", patients, tmp_path, "--calibration_samples", "3", "--calibration_steps", "2")
+    assert [row["level"] for row in found["reliability"]] == [0.5, 0.8, 0.95]
+    assert all(0 < row["calibrated"] <= 1 for row in found["reliability"])
+    scale, floor_gy = found["std_calibration"]
+    assert scale > 0 and floor_gy > 0
+
+
+def test_benchmark(patients, tmp_path):
+    found = run("benchmark", patients, tmp_path, "--every", "2")
+    stages = [row["stage"] for row in found["stages"]]
+    assert {"reading", "conditions with the plan prior", "network, 1 step", "8 steps", "C3D-sized cascade"} <= {*stages}
+    assert len(list(tmp_path.glob("*/RTDOSE.dcm"))) == 1
