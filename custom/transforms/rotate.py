@@ -1,0 +1,87 @@
+"""Random crops, some of them turned about the patient's long axis by the angle between two beams."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+
+import torch
+from monai.config import KeysCollection
+from monai.transforms import MapTransform, RandomizableTransform
+from monai.transforms.utils import weighted_patch_samples
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["RandTurnedCropd", "turned_crop"]
+
+
+class RandTurnedCropd(RandomizableTransform, MapTransform):
+    """Crop a patch around a random voxel, turned about the third axis by a random multiple of ``angle_deg``.
+
+    Nine beams at every 40 degrees are the same beams after a turn by 40 degrees, so the turned patient with the turned
+    dose is a plan as good as the other (the augmentation of OpenKBP's winner: Liu et al., Med Phys 48, 2021). Wants
+    equal voxel edges along the first two axes. Patches that are not turned are plain crops, untouched by interpolation.
+
+    Args:
+        keys: tensors ``(C, X, Y, Z)`` of one size.
+        nearest: those of them that hold labels: taken from the nearest voxel; the others are interpolated linearly.
+        w_key: tensor ``(1, X, Y, Z)`` with the probability of a voxel to be the centre, up to a factor.
+        spatial_size: of the patch; outside of the volume it is zero.
+        angle_deg: angle between neighbouring beams; a divisor of 360.
+        prob: share of the patches that are turned.
+    """
+
+    def __init__(self, keys: KeysCollection, nearest: Sequence[str] = (), w_key: str = "body",
+                 spatial_size: Sequence[int] = (64, 64, 48), angle_deg: float = 40.0, prob: float = 0.3) -> None:
+        MapTransform.__init__(self, keys)
+        RandomizableTransform.__init__(self, prob)
+        self.nearest, self.w_key, self.size, self.angle_deg = set(nearest), w_key, tuple(spatial_size), angle_deg
+
+    def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:
+        out = dict(data)
+        self.randomize(None)
+        weights = torch.as_tensor(out[self.w_key])[0]
+        (centre,) = weighted_patch_samples(1, weights, r_state=self.R)
+        turns = self.R.randint(1, round(360.0 / self.angle_deg)) if self._do_transform else 0
+        for key in self.key_iterator(out):
+            volume = torch.as_tensor(out[key])
+            out[key] = turned_crop(volume, [int(c) for c in centre], self.size, turns * self.angle_deg,
+                                   key in self.nearest)
+        return out
+
+
+def turned_crop(volume: Tensor, centre: Sequence[int], size: Sequence[int], angle_deg: float, nearest: bool) -> Tensor:
+    """Patch ``(C, *size)`` of ``(C, X, Y, Z)`` around a voxel, turned about the third axis through it.
+
+    Args:
+        volume: any dtype, which the patch has too; zero is what lies outside.
+        centre: voxel that lands at ``size // 2``.
+        size: of the patch.
+        angle_deg: the patch's first axis points to this angle from the volume's first towards its second axis.
+        nearest: nearest voxel instead of linear interpolation.
+    """
+    if angle_deg % 360 == 0:
+        return _box(volume, [c - n // 2 for c, n in zip(centre, size, strict=True)], size)
+    reach = int((size[0] ** 2 + size[1] ** 2) ** 0.5 / 2) + 2  # circle around the turned rectangle
+    edge = 2 * reach + 1
+    disc = _box(volume, [centre[0] - reach, centre[1] - reach, centre[2] - size[2] // 2], (edge, edge, size[2]))
+    angle = torch.deg2rad(torch.tensor(float(angle_deg)))
+    i, j = (torch.arange(n, dtype=torch.float32) - n // 2 for n in size[:2])
+    x = torch.cos(angle) * i[:, None] - torch.sin(angle) * j[None]
+    y = torch.sin(angle) * i[:, None] + torch.cos(angle) * j[None]
+    grid = torch.stack([y, x], dim=-1)[None] / reach  # grid_sample's order; -1 and 1 are the outermost voxels' centres
+    planes = disc.float().permute(0, 3, 1, 2).reshape(1, -1, edge, edge)  # the third axis is not touched
+    mode = "nearest" if nearest else "bilinear"
+    turned = F.grid_sample(planes, grid, mode=mode, padding_mode="zeros", align_corners=True)
+    turned = turned.reshape(volume.shape[0], size[2], size[0], size[1]).permute(0, 2, 3, 1)
+    return turned.to(volume.dtype).contiguous()
+
+
+def _box(volume: Tensor, start: Sequence[int], size: Sequence[int]) -> Tensor:
+    """Box of ``size`` from ``start``, which may lie partly outside, where it is zero."""
+    out = volume.new_zeros((volume.shape[0], *size))
+    inside = [(max(s, 0), min(s + n, full)) for s, n, full in zip(start, size, volume.shape[1:], strict=True)]
+    if all(a < b for a, b in inside):
+        source = tuple(slice(a, b) for a, b in inside)
+        target = tuple(slice(a - s, b - s) for (a, b), s in zip(inside, start, strict=True))
+        out[(slice(None), *target)] = volume[(slice(None), *source)]
+    return out

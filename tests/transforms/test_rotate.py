@@ -1,0 +1,58 @@
+"""Turned crops on volumes whose turned values are known."""
+
+import numpy as np
+import pytest
+import torch
+
+from custom.transforms.rotate import RandTurnedCropd, turned_crop
+
+
+@pytest.fixture
+def volume():
+    """Channels: the distance from the axis through (20, 25), a linear ramp along i, and one along k."""
+    i, j, k = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in (40, 50, 9)), indexing="ij")
+    return torch.stack([((i - 20) ** 2 + (j - 25) ** 2).sqrt(), i, k])
+
+
+def test_no_turn_is_a_plain_crop_with_zeros_outside(volume):
+    patch = turned_crop(volume, (3, 25, 4), (16, 12, 5), 0.0, nearest=False)
+    assert torch.equal(patch[:, 5:], volume[:, 0:11, 19:31, 2:7])
+    assert not patch[:, :5].any()
+    assert torch.equal(turned_crop(volume, (3, 25, 4), (16, 12, 5), 360.0, nearest=False), patch)
+
+
+@pytest.mark.parametrize("angle", [40.0, 80.0, 200.0])
+def test_a_turn_about_the_centre(volume, angle):
+    """What depends on the distance stays, a ramp along i becomes one along the turned direction, k is not touched."""
+    patch = turned_crop(volume, (20, 25, 4), (21, 25, 5), angle, nearest=False)
+    i, j = torch.meshgrid(torch.arange(21.0) - 10, torch.arange(25.0) - 12, indexing="ij")
+    c, s = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
+    np.testing.assert_allclose(patch[1, :, :, 0], 20 + c * i - s * j, atol=2e-3)
+    np.testing.assert_allclose(patch[2, 0, 0], [2, 3, 4, 5, 6], atol=1e-4)
+    far = (i**2 + j**2).sqrt() > 2  # linear interpolation rounds the cone's tip off
+    np.testing.assert_allclose(patch[0, :, :, 2][far], (i**2 + j**2).sqrt()[far], atol=0.07)
+
+
+def test_quarter_turn_is_exact_and_labels_stay_labels(volume):
+    labels = (volume[:1] < 7).to(torch.uint8)
+    patch = turned_crop(labels, (20, 25, 4), (15, 15, 5), 90.0, nearest=True)
+    # turned by 90 degrees: patch(i, j) = volume(-j, i)
+    expected = labels[:, 13:28, 18:33, 2:7].flip(1).transpose(1, 2)
+    assert patch.dtype == torch.uint8 and torch.equal(patch, expected)
+    turned = turned_crop(labels, (20, 25, 4), (15, 15, 5), 40.0, nearest=True)
+    assert set(turned.unique().tolist()) <= {0, 1}
+
+
+def test_all_keys_turn_alike_and_as_often_as_asked(volume):
+    body = (volume[:1] < 12).to(torch.uint8)
+    data = {"image": volume.half(), "label": volume[:1] * 2, "body": body}
+    transform = RandTurnedCropd(["image", "label", "body"], ["body"], "body", (12, 12, 5), 40.0, prob=0.5)
+    transform.set_random_state(0)
+    turned = 0
+    for _ in range(60):
+        out = transform(data)
+        assert out["image"].shape == (3, 12, 12, 5) and out["image"].dtype == torch.float16
+        assert out["body"].dtype == torch.uint8 and out["body"][0, 6, 6, 2] == 1  # the centre lies in the body
+        np.testing.assert_allclose(out["label"][0], 2 * out["image"][0].float(), atol=0.1)
+        turned += int(out["image"][1, 0, 0, 2] != out["image"][1, 0, 1, 2])  # the ramp along i leans
+    assert 18 <= turned <= 42
