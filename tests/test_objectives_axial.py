@@ -14,8 +14,8 @@ CHANNELS = ["ct", "mask_Parotid_L", "body", "prescription_level"]
 
 def make_network() -> MAGDiffADC:
     torch.manual_seed(0)
-    return MAGDiffADC(CHANNELS, network={"channels": [8, 8], "blocks": 1, "embedding_dim": 8, "hidden_channels": 4},
-                      calibration={"channels": 8, "layers": 2})
+    network = {"channels": [8, 8], "blocks": 1, "embedding_dim": 8, "hidden_channels": 4, "guide_channels": 4}
+    return MAGDiffADC(CHANNELS, network=network, calibration={"channels": 8, "layers": 2})
 
 
 def make_batch() -> dict[str, torch.Tensor]:
@@ -71,7 +71,8 @@ def test_calibration_trains_the_calibration_only_and_structures_only():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
-    changed = {name.split(".")[0] for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    after = network.state_dict()
+    changed = {name.split(".")[0] for name in after if not torch.equal(after[name], before[name])}
     assert changed == {"calibration"}
     conditions = network.encode(batch["image"])
     dose = torch.full((1, 1, 10, 12, 5), 0.3)

@@ -21,7 +21,7 @@ __all__ = ["AdaptiveDoseCalibration", "GuidedBlock", "GuidedUNet", "SpatialNorm"
 
 
 class SpatialNorm(SPADE):
-    """``normalised(x) (1 + gamma(map)) + beta(map)`` with gamma and beta from two convolutions of the map (SPADE, eq. 1).
+    """``normalised(x) (1 + gamma(map)) + beta(map)``, gamma and beta from two convolutions of the map (SPADE, eq. 1).
 
     MONAI's block, but for one thing: it also instance-normalises gamma and beta, so that a map that is constant over
     the slice (no structure at all, or a presence flag) says nothing, and their convolutions' biases never learn. Here
@@ -74,8 +74,8 @@ class GuidedBlock(nn.Module):
 class GuidedUNet(nn.Module):
     """Conditional U-Net whose every layer is guided by the anatomy of adjacent slices.
 
-    *Inferred*: widths and depth; that the anatomy enters by the norms alone, averaged (not sampled, which would lose
-    thin organs) to each level's resolution.
+    *Inferred*: widths and depth; that one convolution condenses the anatomy for all layers, and that it enters by the
+    norms alone, averaged (not sampled, which would lose thin organs) to each level's resolution.
 
     Args:
         map_channels: channels of the anatomy map.
@@ -83,6 +83,7 @@ class GuidedUNet(nn.Module):
         blocks: residual blocks a level.
         embedding_dim: width of the time embedding.
         hidden_channels: see :class:`SpatialNorm`.
+        guide_channels: channels of the condensed anatomy.
         patch: edge of the pixels stacked as channels before the first and unstacked after the last convolution.
     """
 
@@ -93,16 +94,17 @@ class GuidedUNet(nn.Module):
         blocks: int = 2,
         embedding_dim: int = 256,
         hidden_channels: int = 64,
+        guide_channels: int = 64,
         patch: int = 1,
     ) -> None:
         super().__init__()
         self.patch, self.multiple = patch, patch * 2 ** (len(channels) - 1)
         self.time = TimeEmbedding(embedding_dim)
-        inner = map_channels * patch**2
+        self.condense = nn.Conv2d(map_channels * patch**2, guide_channels, 3, padding=1)
 
         def stage(inputs: int, width: int) -> nn.ModuleList:
             return nn.ModuleList(
-                GuidedBlock(inputs if n == 0 else width, width, inner, embedding_dim, hidden_channels)
+                GuidedBlock(inputs if n == 0 else width, width, guide_channels, embedding_dim, hidden_channels)
                 for n in range(blocks)
             )
 
@@ -112,12 +114,12 @@ class GuidedUNet(nn.Module):
         self.down = nn.ModuleList(nn.Conv2d(c, c, 3, stride=2, padding=1) for c in channels[:-1])
         self.up = nn.ModuleList(nn.Conv2d(b, a, 3, padding=1) for a, b in zip(channels, channels[1:]))
         self.decoder = nn.ModuleList(stage(2 * c, c) for c in channels[:-1])
-        self.norm_out = SpatialNorm(inner, channels[0], hidden_channels)
+        self.norm_out = SpatialNorm(guide_channels, channels[0], hidden_channels)
         self.out = zero_init(nn.Conv2d(channels[0], patch**2, 3, padding=1))
 
     def encode(self, anatomy: Tensor) -> list[Tensor]:
-        """The anatomy map ``(N, map_channels, X, Y)`` at the resolution of every level, averaged."""
-        maps = [patchify(anatomy, self.patch)]
+        """The anatomy map ``(N, map_channels, X, Y)``, condensed, at the resolution of every level."""
+        maps = [self.condense(patchify(anatomy, self.patch))]
         for _ in self.down:
             maps.append(F.avg_pool2d(maps[-1], 2))
         return maps

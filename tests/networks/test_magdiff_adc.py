@@ -1,4 +1,4 @@
-"""MAGDiff-ADC: shapes, gradients, SPADE against a plain computation, adjacent slices, and that one case can be learnt."""
+"""MAGDiff-ADC: shapes, gradients, SPADE against a plain computation, adjacent slices, and one case that is learnt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from custom.objectives import DiffusionObjective
 
 CHANNELS = ["ct", "prescription", "mask_Parotid_L", "body", "has_ct", "prescription_level"]
 BODY, PAROTID = CHANNELS.index("body"), CHANNELS.index("mask_Parotid_L")
-SMALL = {"channels": [8, 16], "blocks": 1, "embedding_dim": 16, "hidden_channels": 6}
+SMALL = {"channels": [8, 16], "blocks": 1, "embedding_dim": 16, "hidden_channels": 6, "guide_channels": 6}
 
 
 def make_network(**changes) -> MAGDiffADC:
@@ -128,10 +128,12 @@ def test_constant_map_still_speaks():
 
 def test_anatomy_is_averaged_to_every_level():
     network, image = make_network(), make_image((16, 16, 1))
-    maps = network.encode(image).maps.pyramid
-    assert [tuple(m.shape[2:]) for m in maps] == [(16, 16), (8, 8)]
+    maps = network.encode(image).maps
     parotid = len(CHANNELS) - 1 + PAROTID  # the middle of three slices, prescription_level left out
-    torch.testing.assert_close(maps[1][0, parotid, 4, 1:3], torch.tensor([0.5, 1.0]))
+    assert maps.own.shape == (1, 15, 16, 16) and torch.equal(maps.own[0, parotid], image[0, PAROTID, ..., 0])
+    first, second = maps.pyramid
+    torch.testing.assert_close(first, network.net.condense(maps.own))
+    torch.testing.assert_close(second, first.reshape(1, 6, 8, 2, 8, 2).mean((3, 5)))
 
 
 def test_calibration_starts_as_nothing_and_stays_within_the_regions():
