@@ -36,7 +36,8 @@ class InnerSlicesObjective:
                             f"make patch_size deeper than {2 * self.halo}")
         inner = torch.zeros(depth, dtype=torch.bool, device=batch["body"].device)
         inner[self.halo : depth - self.halo] = True
-        return self.objective(network, {**batch, **{key: batch[key] * inner for key in ("body", "rois") if key in batch}})
+        judged = {key: batch[key] * inner for key in ("body", "rois") if key in batch}
+        return self.objective(network, {**batch, **judged})
 
 
 class CalibrationObjective:

@@ -1,7 +1,7 @@
 """DoseDiff: a conditional diffusion model on axial slices, guided by the CT and signed distance maps.
 
-Zhang et al., "DoseDiff: Distance-aware Diffusion Model for Dose Prediction in Radiotherapy". Where the paper contradicts
-itself or its code, the docstrings say what was taken.
+Zhang et al., "DoseDiff: Distance-aware Diffusion Model for Dose Prediction in Radiotherapy". Where the paper
+contradicts itself or its code, the docstrings say what was taken.
 """
 
 from __future__ import annotations

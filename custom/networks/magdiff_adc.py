@@ -1,7 +1,7 @@
 """MAGDiff-ADC: diffusion guided by the anatomy of adjacent slices at every layer, and a calibration inside structures.
 
-"Multi-Layer Anatomically-Guided Diffusion and Adaptive Calibration for Precision Radiotherapy Dose Prediction"; only its
-abstract is public. Docstrings say what is inferred.
+"Multi-Layer Anatomically-Guided Diffusion and Adaptive Calibration for Precision Radiotherapy Dose Prediction"; only
+its abstract is public. Docstrings say what is inferred.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ __all__ = ["UNetRegression"]
 class UNetRegression(nn.Module):
     """MONAI's U-Net on the condition channels: ``image`` (B, C, X, Y, Z) in, dose (B, 1, X, Y, Z) out; any size works.
 
-    The dose is a fraction of the highest prescription, zero outside the body; negative values are cut in eval mode only.
+    The dose is a fraction of the highest prescription, zero outside the body; negative values are cut in eval mode.
 
     Args:
         condition_channels: name of every channel of ``image``; must hold ``body``.

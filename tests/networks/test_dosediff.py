@@ -1,4 +1,4 @@
-"""DoseDiff: shapes, gradients, the fusionFormer and AdaGN against plain computations, and that one case can be learnt."""
+"""DoseDiff: shapes, gradients, the fusionFormer and AdaGN against plain computations, and one slice that is learnt."""
 
 from __future__ import annotations
 
