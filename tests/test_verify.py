@@ -28,6 +28,13 @@ def bundle(release, tmp_path) -> Path:
     return Path(shutil.copytree(release, tmp_path / release.name))
 
 
+def weights(bundle: Path, content) -> None:
+    """Other weights, of which no hash was written."""
+    path = bundle / "models" / "model.pt"
+    path.with_name("model.pt.sha256").unlink(missing_ok=True)
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+
+
 def change_metadata(bundle: Path, **changes) -> None:
     path = bundle / "configs" / "metadata.json"
     metadata = read_json(path) | changes
@@ -70,10 +77,11 @@ FAULTS: dict[str, list[tuple[Callable[[Path], object], str]]] = {
     "channels": [(lambda b: change_image(b, channel_def={"0": "mr"}), "make metadata")],
     "pins": [(lambda b: pins(b, scipy=">=1.12"), "scipy==>=1.12.*bare")],
     "weights": [
-        (lambda b: torch.save({"model": {"a": torch.ones(1)}}, b / "models" / "model.pt"), "not a raw state_dict"),
-        (lambda b: torch.save({"a": torch.tensor([float("nan")])}, b / "models" / "model.pt"), "not finite"),
-        (lambda b: (b / "models" / "model.pt").write_bytes(b"PK"), "cannot be loaded safely"),
+        (lambda b: weights(b, {"model": {"a": torch.ones(1)}}), "not a raw state_dict"),
+        (lambda b: weights(b, {"a": torch.tensor([float("nan")])}), "not finite"),
+        (lambda b: weights(b, b"PK"), "cannot be loaded safely"),
         (lambda b: torch.save({}, b / "models" / "a.pt"), "shortest name"),
+        (lambda b: (b / "models" / "model.pt.sha256").write_text("0" * 64 + "  model.pt\n"), "says otherwise"),
     ],
     "config format": [
         (lambda b: (b / "configs" / "train.json").write_text('{"a": 1}\n'), "train.json is not indented"),
@@ -131,7 +139,7 @@ def test_flake8_finds_what_the_zoo_would(bundle):
 def test_what_is_not_run_is_said_and_a_failed_check_stops_nothing(bundle, monkeypatch, caplog):
     monkeypatch.setattr(verify, "run_probe", lambda bundle: [verify.Result("probe", verify.PASSED, "")])
     monkeypatch.setattr(verify, "CHECKS", {"weights": checks.check_weights, "files": checks.check_files})
-    (bundle / "models" / "model.pt").write_bytes(b"PK")
+    weights(bundle, b"PK")
     found = {result.name: result.status for result in verify.verify(bundle)}
     assert found == {"weights": "FAILED", "files": "passed", "schema": "not run", "pins installable": "not run",
                      "probe": "passed", "the zoo's own verifier": "not run"}

@@ -6,6 +6,7 @@ Project-MONAI/model-zoo; written anew, so that it runs without a checkout of it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -170,10 +171,17 @@ def check_installable(bundle: Path) -> str:
 
 
 def check_weights(bundle: Path) -> str:
-    """``models/model.pt`` is a raw state dict, finite, loadable without running code, and the only one of its kind."""
+    """``models/model.pt`` is a raw state dict, finite, loadable without running code, and the only one of its kind.
+
+    Where its SHA-256 is shipped beside it, it is that.
+    """
     found = sorted(p.name for p in (bundle / "models").glob("*.pt"))
     if found != ["model.pt"]:
         raise CaseError(f"weights: found {found}; MONAI Label takes the .pt with the shortest name: keep only model.pt")
+    listed = bundle / "models" / "model.pt.sha256"
+    digest = hashlib.sha256((bundle / "models" / "model.pt").read_bytes()).hexdigest()
+    if listed.is_file() and listed.read_text(encoding="ascii").split()[:1] != [digest]:
+        raise CaseError(f"weights: SHA-256 of model.pt is {digest}, model.pt.sha256 says otherwise; write it anew")
     try:
         state = torch.load(bundle / "models" / "model.pt", map_location="cpu", weights_only=True)
     except Exception as error:
