@@ -31,7 +31,8 @@ class Comparison:
 
     Args:
         systems: name -> ``{"overlays": [files], "options": {config key: value}}``; the first is what the others are
-            compared with. ``"weights_of"`` names a system whose weights are taken instead of a training.
+            compared with. ``"train_options"`` are for the training alone; ``"weights_of"`` names a system whose weights
+            are taken instead of a training.
         config_dir: folder of ``inference.json``, ``train.json`` and ``evaluate.json``, and of the overlays.
         cases: the validation cases, ``{"image": path}`` each.
         options: overrides of all trainings: data set, minutes, seed.
@@ -87,7 +88,8 @@ class Comparison:
             return
         logger.info("%s: training", name)
         overlays = ["train.json", *self.train_overlays, *system.get("overlays", ())]
-        options = {**self.options, **system.get("options", {}), "output_dir": str(folder)}
+        own = {**system.get("options", {}), **system.get("train_options", {})}
+        options = {**self.options, **own, "output_dir": str(folder)}
         self._run("train", overlays, options, folder / "train.log")
         if not (folder / "model.pt").is_file():
             raise CaseError(f"comparison: {name} was trained too shortly for a single validation; give it more minutes "
