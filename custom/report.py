@@ -34,6 +34,7 @@ from custom.dosimetry.indices import (
     isodose_dice,
     isodose_hausdorff95_mm,
 )
+from custom.dosimetry.partial import dose_samples
 from custom.dosimetry.regions import Region, bounding_box, drawn, regions
 
 __all__ = ["BANNER", "make_report", "write_report"]
@@ -176,17 +177,18 @@ def _colours(names: Sequence[str], targets: Sequence[str]) -> dict[str, str]:
 def _structure(region: Region, case: Case, doses: Mapping[str, np.ndarray]) -> dict[str, Any]:
     is_target = region.name in case.prescription_gy or region.name.startswith(TUMOUR_VOLUMES)
     role = "target" if is_target else "external" if region.name == BODY else "organ"
-    inside = {key: region.values(dose) for key, dose in doses.items()}
+    samples = {key: dose_samples(region, dose, case.grid) for key, dose in doses.items()}
+    sample_cc = samples["predicted"][1]
     metrics = {}
     for text in TARGET_METRICS if is_target else ORGAN_METRICS:
         metric = parse_metric(text)
-        values = {k: metric.evaluate(v, case.grid.voxel_cc, region.prescription_gy) for k, v in inside.items()}
+        values = {k: metric.evaluate(v, sample_cc, region.prescription_gy) for k, (v, _) in samples.items()}
         metrics[text] = _pair(values)
     return {
         "name": region.name,
         "role": role,
         "prescription_gy": case.prescription_gy.get(region.name),
-        "volume_cc": float(np.count_nonzero(region.mask) * case.grid.voxel_cc),
+        "volume_cc": float(samples["predicted"][0].size * sample_cc),
         "metrics": metrics,
     }
 
@@ -208,11 +210,14 @@ def _dvh(found: Sequence[Region], case: Case, doses: Mapping[str, np.ndarray], s
         inside = np.ones(values.shape, dtype=bool)
         return _rounded(cumulative_dvh(values, inside, case.grid.voxel_cc, DVH_STEP_GY, stop_gy).volume_percent, 2)
 
+    def inside(region: Region, volume: np.ndarray) -> np.ndarray:
+        return dose_samples(region, volume, case.grid)[0]
+
     curves = {}
     for region in found:
-        own = {key: curve(region.values(dose)) for key, dose in doses.items()}
+        own = {key: curve(inside(region, dose)) for key, dose in doses.items()}
         if std_gy is not None:
-            mean, std = region.values(doses["predicted"]), region.values(std_gy)
+            mean, std = inside(region, doses["predicted"]), inside(region, std_gy)
             own |= {"lower": curve(mean - std), "upper": curve(mean + std)}
         curves[region.name] = own
     count = len(next(iter(curves.values()))["predicted"])
@@ -225,7 +230,9 @@ def _indices(region: Region, case: Case, doses: Mapping[str, np.ndarray]) -> dic
     return {
         "name": region.name,
         "reference_isodose_gy": at_gy,
-        "homogeneity_icru83": _pair({k: homogeneity_icru83(region.values(d)) for k, d in doses.items()}),
+        "homogeneity_icru83": _pair(
+            {k: homogeneity_icru83(dose_samples(region, d, case.grid)[0]) for k, d in doses.items()}
+        ),
         "conformity_paddick": _pair({k: conformity_paddick(d, target, case.body, at_gy) for k, d in doses.items()}),
         "conformity_rtog": _pair({k: conformity_rtog(d, target, case.body, at_gy) for k, d in doses.items()}),
     }

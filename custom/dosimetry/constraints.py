@@ -18,6 +18,7 @@ import numpy as np
 
 from custom.case import Case, CaseError
 from custom.dosimetry.dvh import Metric, parse_metric
+from custom.dosimetry.partial import dose_samples
 from custom.dosimetry.regions import Region, check_structure, regions
 
 __all__ = ["FAILED", "NOT_APPLICABLE", "PASSED", "Constraint", "Verdict", "check", "compliance", "load_constraints"]
@@ -166,7 +167,8 @@ def compliance(verdicts: Sequence[Verdict]) -> float:
 
 
 def _judge(row: Constraint, region: Region, case: Case, dose_gy: np.ndarray) -> Verdict:
-    value = row.metric.evaluate(region.values(dose_gy), case.grid.voxel_cc, region.prescription_gy)
+    inside_gy, sample_cc = dose_samples(region, dose_gy, case.grid)
+    value = row.metric.evaluate(inside_gy, sample_cc, region.prescription_gy)
     limit = row.limit_for(region.prescription_gy)
     margin = limit - value if row.at_most else value - limit
     status = PASSED if margin >= -1e-6 * max(abs(limit), 1.0) else FAILED

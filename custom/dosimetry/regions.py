@@ -6,12 +6,12 @@ Regions are kept as a box and a mask within it, so that planning CTs of 50 milli
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import ndimage
 
-from custom.case import Case, CaseError
+from custom.case import Case, CaseError, Grid
 
 __all__ = ["Region", "bounding_box", "check_structure", "drawn", "regions", "whole_mask"]
 
@@ -38,12 +38,14 @@ class Region:
         box: slices into the case's arrays.
         mask: boolean, shape of the box.
         prescription_gy: own prescription of a target, else the case's highest.
+        fine: the same structure on a finer grid, where its reader made one; see :mod:`custom.dosimetry.partial`.
     """
 
     name: str
     box: Box
     mask: np.ndarray
     prescription_gy: float
+    fine: tuple[Grid, np.ndarray] | None = None
 
     def values(self, array: np.ndarray) -> np.ndarray:
         """The array's values within, flat."""
@@ -87,7 +89,7 @@ def regions(structure: str, case: Case) -> list[Region]:
     """
     check_structure(structure)
     if structure == "PTV":
-        found = [_region(roi, case.masks[roi], gy) for roi, gy in case.targets.items()]
+        found = [drawn(roi, case) for roi in case.targets]
     else:
         found = [_find(structure, case)]
     return [region for region in found if region is not None and region.mask.any()]
@@ -97,7 +99,9 @@ def drawn(name: str, case: Case) -> Region | None:
     """The mask of exactly that name, whatever the name looks like; None when it is absent or empty."""
     if name not in case.masks:
         return None
-    return _region(name, case.masks[name], case.prescription_gy.get(name, case.highest_prescription_gy))
+    region = _region(name, case.masks[name], case.prescription_gy.get(name, case.highest_prescription_gy))
+    fine = case.source.get("fine_masks", {}).get(name)
+    return region if region is None or fine is None else replace(region, fine=fine)
 
 
 def whole_mask(region: Region, case: Case) -> np.ndarray:
@@ -152,8 +156,10 @@ def _target_level(structure: str, case: Case) -> Region | None:
         return None
     gy = levels[number]
     names = [roi for roi, own in case.prescription_gy.items() if own == gy]
-    mask = case.masks[names[0]] if len(names) == 1 else np.logical_or.reduce([case.masks[n] for n in names])
-    return _region(structure, mask, gy)
+    if len(names) == 1:
+        only = drawn(names[0], case)
+        return None if only is None else replace(only, name=structure)
+    return _region(structure, np.logical_or.reduce([case.masks[n] for n in names]), gy)
 
 
 def _crop(name: str, inner: Region | None, kind: str, case: Case) -> Region | None:

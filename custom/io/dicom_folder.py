@@ -5,6 +5,8 @@ strings and numbers: PatientName, PatientID, PatientBirthDate, PatientSex, Study
 StudyID, StudyDescription, AccessionNumber, ReferringPhysicianName, FrameOfReferenceUID, PositionReferenceIndicator,
 PatientPosition; RTPlanSOPInstanceUID and RTPlanLabel where a plan came along; RTStructureSetSOPInstanceUID,
 PrescriptionGy, NumberOfFractions; CTSeriesInstanceUID and, in the order of ``k``, CTSOPInstanceUIDs.
+
+``case.source["fine_masks"]`` holds small structures on finer pixels, for ``custom.dosimetry.partial``.
 """
 
 from __future__ import annotations
@@ -34,7 +36,14 @@ from custom.io.ct import CT_SOP_CLASS, ENHANCED_CT_SOP_CLASS, CtSeries, read_ct
 from custom.io.masks import BoxedMasks
 from custom.io.rtdose import RTDOSE_SOP_CLASS, combine_doses, read_rtdose
 from custom.io.rtplan import ION_PLAN_SOP_CLASS, RTPLAN_SOP_CLASS, Plan, read_rtplan
-from custom.io.rtstruct import RTSTRUCT_SOP_CLASS, StructureSet, rasterise, read_rtstruct, rt_utils_mask
+from custom.io.rtstruct import (
+    RTSTRUCT_SOP_CLASS,
+    StructureSet,
+    rasterise,
+    rasterise_finely,
+    read_rtstruct,
+    rt_utils_mask,
+)
 from custom.io.scan import DicomFile, scan_dicom
 from custom.rois import RoiAssignment, assign_rois
 
@@ -79,6 +88,8 @@ def read_dicom(path: str | Path, options: ReadOptions | None = None) -> Case:
     masks = BoxedMasks(ct.grid.shape)
     for name, i in chosen.index.items():
         masks.add(name, _mask(structures, rois[i], ct, options.mask_engine, notes, name in levels))
+    exact = options.mask_engine == "exact"
+    fine = {name: rasterise_finely(rois[i], ct.grid, masks[name]) for name, i in chosen.index.items() if exact}
     if BODY not in masks:
         masks.add(BODY, _body(rois, ct, [masks[target] for target in levels], notes))
     check_hu(ct.hu, masks[BODY], path)
@@ -93,6 +104,7 @@ def read_dicom(path: str | Path, options: ReadOptions | None = None) -> Case:
         name=case_name(path), grid=ct.grid, ct_hu=ct.hu, masks=masks, prescription_gy=levels, beams=beams,
         technique=options.technique or technique_of(beams), site=site, dose_gy=dose_gy, dose_grid=dose_grid,
         source={"format": "dicom", "path": str(path), "notes": list(dict.fromkeys(notes)),
+                "fine_masks": {name: found for name, found in fine.items() if found is not None},
                 "references": _references(ct, structures, plan, max(levels.values()))},
     )
 
