@@ -70,3 +70,10 @@ def test_drops_come_as_often_as_asked(data):
     seen = torch.stack([transform(data)["context"] for _ in range(500)])
     assert 1 - seen[:, 0].mean().item() == pytest.approx(0.2, abs=0.06)
     assert 1 - seen[:, 1].mean().item() == pytest.approx(0.1, abs=0.05)
+
+
+def test_dropped_organs_are_absent_in_every_form_of_distance():
+    names, flags = ["psdm_Larynx", "tsbdm_Larynx", "mask_Larynx", "psdm_target_high"], ["has_Larynx"]
+    data = {"image": torch.ones(4, 3, 3, 2), "context": torch.ones(1)}
+    out = RandDropConditionsd("image", names, flags, ct_prob=0.0, organ_prob=1.0)(data)
+    assert out["image"].amax((1, 2, 3)).tolist() == [-5.0, 0.0, 0.0, 1.0] and out["context"].tolist() == [0.0]
