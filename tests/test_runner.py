@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import errno
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 
 from custom.case import CaseError
 from custom.runner import check_arguments, message_of, unknown_keys
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def chained(*errors: BaseException) -> BaseException:
@@ -61,3 +66,17 @@ def test_the_command_line_is_checked_against_the_files(tmp_path):
     (tmp_path / "b.json").write_text(json.dumps({"num_step": 2}))
     with pytest.raises(CaseError, match="unknown key 'num_step' in .*b.json.*Did you mean 'num_steps'"):
         check_arguments(["run", "go", "--config_file", both])
+
+
+def documented_commands() -> list[str]:
+    """Every ``monai.bundle run`` of the README and the docs, continuation lines joined."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "bundle" / "docs").glob("*.md"))]
+    text = "\n".join(page.read_text() for page in pages).replace("\\\n", " ")
+    found = re.findall(r"^\S*python\S* -m monai\.bundle (run .*)$", text, flags=re.MULTILINE)
+    return sorted({line.split(" #")[0].strip() for line in found})
+
+
+@pytest.mark.parametrize("line", documented_commands())
+def test_documented_commands_have_known_keys(line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    check_arguments(shlex.split(line))
