@@ -15,8 +15,9 @@ import custom
 
 ROOT = Path(__file__).resolve().parents[1]
 METADATA = json.loads((ROOT / "bundle" / "configs" / "metadata.json").read_text(encoding="utf-8"))
+# MONAI Label's own, and of the extra "gamma": imported where used, or done without.
+OPTIONAL = {"starlette", "pymedphys"}
 # Packages whose module has another name.
-OPTIONAL = {"starlette", "pymedphys"}  # MONAI Label's own, and of the extra "gamma": imported where used, or done without
 IMPORT_TO_PACKAGE = {"PIL": "pillow", "ignite": "pytorch-ignite", "rt_utils": "rt-utils", "skimage": "scikit-image"}
 
 
