@@ -187,3 +187,14 @@ def test_beam_doses_are_summed_and_fractions_multiplied(tmp_path):
     for doses in ([plan, plan], [fraction], [fraction, *beams]):
         with pytest.raises(CaseError):
             combine_doses(doses)
+
+
+def test_uids_are_fresh_and_valid(tmp_path):
+    grid = oriented_grid()
+    written = []
+    for name in ("a.dcm", "b.dcm"):
+        write_rtdose(tmp_path / name, np.ones(grid.shape), grid, {})
+        written.append(pydicom.dcmread(tmp_path / name))
+    for keyword in ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID"):
+        uids = [ds[keyword].value for ds in written]
+        assert all(uid.is_valid for uid in uids) and uids[0] != uids[1]
