@@ -79,6 +79,10 @@ RUN_BY = {
     r"PY -m monai\.bundle run ablations":
         "test_ablations.py::test_each_variant_is_run_once_and_compared_with_the_first",
     r"make bench": "test_studies_run.py::test_benchmark",
+    # reliability.md, safety.md
+    r"make fuzz": "fuzz/test_bytes.py::test_damaged_bytes",
+    r"make faults": "faults/test_kill.py::test_batch_inference",
+    r"make audit(-code)?": "itself: a check of code and dependencies",
     # systems.md
     r"PY -m monai\.bundle run step_curve": "test_systems.py::test_studies_of_steps_and_seeds",
     r"PY -m monai\.bundle run seed_study": "test_systems.py::test_studies_of_steps_and_seeds",
