@@ -98,7 +98,7 @@ class ObjectiveUpdate:
             weight *= min(1.0, max(0.0, (progress - low) / max(high - low, 1e-9)))
         return weight
 
-    def __call__(self, engine: Engine, batchdata: Mapping) -> dict:
+    def __call__(self, engine: Engine, batchdata: Mapping) -> list[dict]:
         device = engine.state.device
         batch = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in
                  batchdata.items()}
@@ -124,8 +124,8 @@ class ObjectiveUpdate:
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         mean_loss = idist.all_reduce(loss.item()) / idist.get_world_size()  # over processes; the terms are one's own
         output = {CommonKeys.LOSS: mean_loss, **{name: value.item() for name, value in terms.items()}}
-        engine.state.output = output
-        return output
+        engine.state.output = [output]  # a list of dictionaries, as MONAI's engines give and its tracking expects
+        return engine.state.output
 
 
 class Attached:
@@ -372,7 +372,7 @@ class HistoryWriter:
         self.epoch, self.terms = engine.state.epoch, {}
 
     def _add(self, engine: Engine) -> None:
-        for name, value in engine.state.output.items():
+        for name, value in engine.state.output[0].items():
             self.terms.setdefault(name, []).append(value)
 
     def _end(self, engine: Engine) -> None:

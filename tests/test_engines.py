@@ -62,7 +62,7 @@ def test_update_is_one_weighted_clipped_step():
     trainer = make_trainer(network, torch.optim.SGD(network.parameters(), lr=0.1), [], epochs=1,
                            loss_weights={"mse": 0.5, "mae": 2.0}, clip_norm=1e9)
     seen = []
-    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=1), lambda e: (seen.append(e.state.output),
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=1), lambda e: (seen.extend(e.state.output),
                                                                              e.terminate()))
     trainer.run()
     # x = 1, w = 1: mse 1 with gradient -2, mae 1 with gradient -1
@@ -81,7 +81,7 @@ def test_batch_transform_sees_each_batch():
     trainer = make_trainer(network, torch.optim.SGD(network.parameters(), lr=0.0), [], epochs=1,
                            batch_transform=lambda batch: {"image": 0 * batch["image"]})
     trainer.run()
-    assert trainer.state.output == {"loss": 0.0, "mse": 0.0, "mae": 0.0}
+    assert trainer.state.output == [{"loss": 0.0, "mse": 0.0, "mae": 0.0}]
 
 
 def test_terms_rise_over_their_share_of_the_run():
@@ -114,7 +114,8 @@ def test_objective_is_told_the_progress_and_changes_its_phase():
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
     trainer = make_trainer(network, optimizer, [WallClockSchedule(optimizer)], epochs=2, objective=objective)
     seen = []
-    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda e: seen.append((set(e.state.output) - {"loss"}).pop()))
+    trainer.add_event_handler(Events.ITERATION_COMPLETED,
+                              lambda e: seen.append((set(e.state.output[0]) - {"loss"}).pop()))
     trainer.run()
     assert seen == ["prior"] * 4 + ["denoiser"] * 4
     for change_at, name in ((0.0, "denoiser"), (1.0, "prior")):

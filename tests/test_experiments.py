@@ -133,7 +133,8 @@ def studies(tmp_path_factory) -> Path:
     for seed in (3, 4, 5):
         case = make_case("HeadNeck", seed, shape=(40, 40, 20))
         plan = plan_dose(case, beamlet_mm=12.0, iterations=6, normalise=True)
-        write_study(with_dose(case, plan.dose_gy), folder / f"HeadNeck_{seed}", fluence=plan)
+        name = f"HeadNeck_{seed}"
+        write_study(with_dose(case, plan.dose_gy), folder / name, patient_id=name, fluence=plan)
     return folder
 
 
@@ -166,10 +167,10 @@ def test_training_from_an_argument_file_draws_pictures_and_is_tracked(studies, t
         pictures += [event for tag in events.Tags()["images"] for event in events.Images(tag)]
         losses += [event for tag in events.Tags()["scalars"] for event in events.Scalars(tag)]
     assert [event.step for event in pictures] == [2, 4] and losses
-    assert pictures[0].width == 3 * pictures[0].height or pictures[0].width > pictures[0].height
+    assert pictures[0].width > 2 * pictures[0].height  # three panels side by side
     if not tracked:
         pytest.skip("pictures were drawn; mlflow is not installed, so tracking was not tried")
     with sqlite3.connect(out / "mlruns.db") as store:
         names = {name for (name,) in store.execute("select distinct key from metrics")}
-    assert {"loss", "dose_score"} <= names
+    assert {"train_loss", "dose_score"} <= names
     assert list(out.glob("config_*.json"))
