@@ -64,6 +64,12 @@ def _signed(value: float | None, unit: str = "") -> str:
     return f"+{text}" if value > 0 and text.strip("0.") else text.replace("-", "&minus;")
 
 
+def _margin(value: float | None, unit: str) -> str:
+    """Signed; a miss by less than the last digit shows that it is one."""
+    text = _signed(value, unit)
+    return f"&minus;{-value:.1g}" if value is not None and value < 0 and not text.strip("&minus;0.") else text
+
+
 def _header(record: Mapping[str, Any]) -> str:
     prescription = ", ".join(f"{escape(roi)} {gy:g}&nbsp;Gy" for roi, gy in record["prescription_gy"].items())
     beams = record["beams"]
@@ -147,7 +153,7 @@ def _protocol(record: Mapping[str, Any]) -> str:
         body += (
             f"<tr><th>{escape(row['structure'])}</th><td>{escape(spoken(row['metric']))}</td>"
             f"<td>{escape(row['limit']).replace('&lt;=', '&le;').replace('&gt;=', '&ge;')}</td>"
-            f"<td>{_number(row['predicted'], unit)}</td>{reference}<td>{_signed(row['margin'], unit)}</td>"
+            f"<td>{_number(row['predicted'], unit)}</td>{reference}<td>{_margin(row['margin'], unit)}</td>"
             f'<td><span class="{row["status"]}">{STATUS[row["status"]]}</span></td>'
             f"<td class=text>{escape(row['source'])}{note}</td></tr>"
         )

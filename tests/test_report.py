@@ -13,6 +13,7 @@ from PIL import Image
 from custom.case import BODY, Beam, Case, CaseError, Grid
 from custom.dosimetry.constraints import load_constraints
 from custom.report import BANNER, make_report, write_report
+from custom.report_html import _margin
 from custom.report_pictures import draw_views
 
 
@@ -145,3 +146,9 @@ def test_bad_doses_are_refused(case, dose):
         make_report(case, dose[1:])
     with pytest.raises(CaseError, match="not finite"):
         make_report(case, np.where(case.body, np.nan, dose))
+
+
+@pytest.mark.parametrize(("margin", "text"), [
+    (-0.004, "&minus;0.004"), (-0.66, "&minus;0.66"), (0.0, "0.00"), (3.5, "+3.50"), (None, "")])
+def test_a_narrow_miss_is_told_from_a_limit_just_met(margin, text):
+    assert _margin(margin, "Gy") == text
