@@ -47,7 +47,8 @@ def studies(tmp_path_factory) -> Path:
     for site, seed in (("HeadNeck", 3), ("HeadNeck", 4), ("HeadNeck", 5), ("Lung", 1)):
         case = make_case(site, seed, shape=(48, 48, 24))
         plan = plan_dose(case, beamlet_mm=10.0, iterations=15, normalise=True)
-        write_study(with_dose(case, plan.dose_gy), folder / f"{site}_{seed}", patient_id=f"{site}_{seed}", fluence=plan)
+        # a share of what the plan prior's own engine gives, so that there is something to learn
+        write_study(with_dose(case, 0.8 * plan.dose_gy), folder / f"{site}_{seed}", patient_id=f"{site}_{seed}", fluence=plan)
     return folder
 
 
@@ -159,6 +160,6 @@ def test_two_stage_training_survives_a_kill(studies, tmp_path):
     rows = history(out)
     assert [int(row["epoch"]) for row in rows if row["name"] == "loss"] == [1, 2, 3, 4]
     scores = [float(row["value"]) for row in rows if row["name"] == "dose_score"]
-    assert len(scores) == 4
+    assert len(scores) == 4 and scores[-1] < 0.95 * scores[0]
     state = torch.load(out / "model.pt", weights_only=True)
     assert all(torch.isfinite(value).all() for value in state.values())
