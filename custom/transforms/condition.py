@@ -143,14 +143,15 @@ class ConditionChannelsd(MapTransform):
         spatial_channels, context_channels: names, see ``BUILDERS``.
         plan_objectives: file with the planning objectives; None takes ``configs/plan_objectives.json``.
         plan_beamlet_mm, plan_iterations: effort of the plan prior.
+        constraints: protocol whose limits the planning objectives follow; None takes ``configs/constraints.json``.
     """
 
     def __init__(self, keys: KeysCollection = "work", spatial_channels: Sequence[str] = (),
                  context_channels: Sequence[str] = (), plan_objectives: str | None = None,
-                 plan_beamlet_mm: float = 6.0, plan_iterations: int = 40) -> None:
+                 plan_beamlet_mm: float = 6.0, plan_iterations: int = 40, constraints: str | None = None) -> None:
         super().__init__(keys)
         self.spatial_channels, self.context_channels = tuple(spatial_channels), tuple(context_channels)
-        self.plan_options = {"objectives": load_objectives(plan_objectives), "iterations": plan_iterations}
+        self.plan_options = {"objectives": load_objectives(plan_objectives, constraints), "iterations": plan_iterations}
         self.plan_beamlet_mm = plan_beamlet_mm
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from monai.data import MetaTensor
 
 from custom.case import Beam, Case, CaseError, Grid
 from custom.metrics import DoseScore
+from custom.physics.fluence import load_objectives, objectives_path
 from custom.transforms.condition import (
     BUILDERS,
     AppendContextd,
@@ -193,3 +195,18 @@ def test_packed_label_gives_the_score_in_gy(data):
     metric = DoseScore()
     metric(y_pred=[label[:1] + 0.1], y=[label])
     assert metric.aggregate().item() == pytest.approx(7.0, rel=1e-3)
+
+
+def test_the_users_own_protocol_reaches_the_plan_prior(tmp_path):
+    """A cord limit halved in a file of one's own halves the planning objective that follows it; no file, no change."""
+    own = json.loads((objectives_path().parent / "constraints.json").read_text())
+    rows = [row for row in own["constraints"] if row["structure"] == "SpinalCord" and row["metric"] == "Max[Gy]"]
+    for row in rows:
+        row["limit"] = row["limit"] / 2
+    (tmp_path / "mine.json").write_text(json.dumps(own))
+    usual = ConditionChannelsd(spatial_channels=["plan_prior"]).plan_options["objectives"]
+    mine = ConditionChannelsd(spatial_channels=["plan_prior"], constraints=str(tmp_path / "mine.json"))
+    both = zip(usual, mine.plan_options["objectives"], strict=True)
+    pairs = [(a.dose_gy, b.dose_gy) for a, b in both if a.structure == "SpinalCord"]
+    assert rows and pairs and all(b == pytest.approx(a / 2) for a, b in pairs)
+    assert usual == load_objectives()
