@@ -48,7 +48,8 @@ def studies(tmp_path_factory) -> Path:
         case = make_case(site, seed, shape=(48, 48, 24))
         plan = plan_dose(case, beamlet_mm=10.0, iterations=15, normalise=True)
         # a share of what the plan prior's own engine gives, so that there is something to learn
-        write_study(with_dose(case, 0.8 * plan.dose_gy), folder / f"{site}_{seed}", patient_id=f"{site}_{seed}", fluence=plan)
+        patient = with_dose(case, 0.8 * plan.dose_gy)
+        write_study(patient, folder / f"{site}_{seed}", patient_id=f"{site}_{seed}", fluence=plan)
     return folder
 
 

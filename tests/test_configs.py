@@ -16,7 +16,8 @@ CONFIGS = Path(__file__).resolve().parents[1] / "bundle" / "configs"
 BASE = "inference.json"
 STAGES = ("train.json", "evaluate.json", "studies.json")  # each is laid over the base
 # each is laid over the base and a stage
-OVERLAYS = ("train_autoencoder.json", "ablations.json", "smoke.json", "multi_gpu.json", "shards.json", "deploy.json", "systems/*.json",
+OVERLAYS = ("train_autoencoder.json", "ablations.json", "smoke.json", "multi_gpu.json", "shards.json", "deploy.json",
+            "systems/*.json",
             "constraint_loss.json", "guidance.json", "protocol_studies.json", "comparison.json",
             "axial_studies.json")
 FILES = sorted(

@@ -52,4 +52,5 @@ def test_equal_doses_have_no_error():
 
 def test_without_structures_there_is_no_score():
     case = make_case(PTV_7000=np.zeros((10, 10, 4), bool))
-    assert all(math.isnan(value) for value in structure_scores(case, np.zeros((10, 10, 4)), np.zeros((10, 10, 4))).values())
+    nothing = np.zeros((10, 10, 4))
+    assert all(math.isnan(value) for value in structure_scores(case, nothing, nothing).values())

@@ -167,7 +167,7 @@ def test_one_slice_is_overfitted():
     batch = {"image": image, "label": label, "body": image[:, BODY, None]}
     objective = DiffusionObjective(snr_limit=None, one_step_share=0.0)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
-    for _ in range(80):
+    for _ in range(120):
         optimizer.zero_grad()
         objective(network, batch)["diffusion"].backward()
         optimizer.step()
