@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -186,6 +187,8 @@ class DoseDiffusionInferer(Inferer):
         sw_batch_size: windows a batch.
         autocast_dtype: ``"bfloat16"`` or ``"float16"`` to run the network in it; None for float32.
         progress: show a bar over the windows.
+        mean_of_samples: whether the dose beside the standard deviation is the samples' mean; False takes the estimate
+            of one deterministic step, which is nearer to the reference when the samples are few or noisy.
         with_std: give the spread of the samples as a second channel.
         guidance: steers the dose toward the protocol; None, or a strength of 0, leaves every bit as it is.
 
@@ -208,10 +211,11 @@ class DoseDiffusionInferer(Inferer):
         autocast_dtype: str | None = None,
         progress: bool = False,
         with_std: bool = False,
+        mean_of_samples: bool = True,
         guidance: Guidance | None = None,
     ) -> None:
         super().__init__()
-        self.with_std = with_std
+        self.with_std, self.mean_of_samples = with_std, mean_of_samples
         self.guidance = guidance if guidance is not None and guidance.strength > 0 else None
         if self.guidance is not None and roi_size is not None:
             raise CaseError("inferer: guidance judges whole structures, a window sees but parts; leave roi_size out")
@@ -239,9 +243,15 @@ class DoseDiffusionInferer(Inferer):
         return self.sample(inputs, network).mean(dim=0)
 
     def mean_and_std(self, inputs: Tensor, network: nn.Module) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation over the samples, each ``(B, 1, X, Y, Z)``; the latter 0 for one sample."""
+        """Dose and standard deviation over the samples, each ``(B, 1, X, Y, Z)``; the latter 0 for one sample."""
         samples = self.sample(inputs, network)
-        return samples.mean(dim=0), samples.std(dim=0, correction=int(samples.shape[0] > 1))
+        if self.mean_of_samples:
+            dose = samples.mean(dim=0)
+        else:
+            single = copy.copy(self)
+            single.num_inference_steps, single.num_samples, single.stochastic = 1, 1, False
+            dose = single.sample(inputs, network)[0]
+        return dose, samples.std(dim=0, correction=int(samples.shape[0] > 1))
 
     @torch.no_grad()
     def sample(self, inputs: Tensor, network: nn.Module) -> Tensor:

@@ -84,6 +84,17 @@ def test_seed_repeats_and_samples_differ():
     torch.testing.assert_close(std, first.std(0))
 
 
+def test_dose_of_one_step_beside_the_samples_spread():
+    """The deterministic step gives the data's mean exactly; the spread is still that of the samples."""
+    options = dict(num_inference_steps=4, num_samples=5, seed=7, with_std=True)
+    image, network = torch.zeros(1, 2, 8, 8, 8), IdealDenoiser(0.5, 0.25)
+    of_samples = DoseDiffusionInferer(**options)(image, network)
+    of_one_step = DoseDiffusionInferer(**options, mean_of_samples=False)(image, network)
+    torch.testing.assert_close(of_one_step[:, 1:], of_samples[:, 1:])
+    torch.testing.assert_close(of_one_step[:, :1], DoseDiffusionInferer()(image, network))
+    assert float((of_samples[:, :1] - of_one_step[:, :1]).abs().mean()) > 0.02  # 0.25 sqrt(2 / (5 pi)), about
+
+
 def test_one_step_of_one_sample_is_deterministic():
     dose = DoseDiffusionInferer(seed=None)(torch.zeros(1, 2, 4, 4, 4), IdealDenoiser(0.5, 0.25))
     assert float(dose.std()) < 1e-6
