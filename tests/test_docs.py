@@ -72,6 +72,9 @@ RUN_BY = {
     r"make verify": "test_verify.py::test_make_verify_passes",
     r"make metadata": "test_release.py::test_metadata_in_the_repository_is_up_to_date",
     r"PY -m monai\.bundle ckpt_export": "test_verify.py::test_monai_loads_traces_and_accepts_the_bundle",
+    # constraints.md
+    r"PY -m monai\.bundle run limits": "test_studies_run.py::test_edited_limits",
+    r"PY -m monai\.bundle run guidance": "test_studies_run.py::test_guidance",
     # studies.md
     r"PY -m monai\.bundle run steps": "test_studies_run.py::test_steps",
     r"PY -m monai\.bundle run robustness": "test_studies_run.py::test_robustness",
@@ -96,6 +99,7 @@ NOT_RUN = {
     r"RANK=\$SLURM": "were not to be had",
     r"tensorboard --logdir": "TensorBoard",  # shows files that a test reads
     r"pip install mlflow": "MLflow",
+    r"pip install -e '\.\[gamma\]'": "its tests are skipped there",
 }
 PYTHONS = re.compile(r"^(\.venv/bin/)?python(?= )")
 

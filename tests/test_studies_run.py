@@ -29,8 +29,9 @@ def patients(tmp_path_factory) -> Path:
     return folder
 
 
-def run(what: str, patients: Path, out: Path, *options: str) -> dict:
-    command = [sys.executable, "-m", "monai.bundle", "run", what, "--config_file", str(CONFIGS), "--dataset_dir",
+def run(what: str, patients: Path, out: Path, *options: str, overlays: tuple[str, ...] = ()) -> dict:
+    files = [*CONFIGS, *(str(ROOT / "bundle" / "configs" / name) for name in overlays)]
+    command = [sys.executable, "-m", "monai.bundle", "run", what, "--config_file", str(files), "--dataset_dir",
                str(patients), "--output_dir", str(out), *options]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True,
                           text=True, check=False)
@@ -66,3 +67,19 @@ def test_benchmark(patients, tmp_path):
     stages = [row["stage"] for row in found["stages"]]
     assert {"reading", "conditions with the plan prior", "network, 1 step", "8 steps", "C3D-sized cascade"} <= {*stages}
     assert len(list(tmp_path.glob("*/RTDOSE.dcm"))) == 1
+
+
+def test_edited_limits(patients, tmp_path):
+    """A cord limit of 30 Gy instead of 45 lowers the maximum of the cord, through the plan prior."""
+    found = run("limits", patients, tmp_path, "--every", "2", overlays=("protocol_studies.json",))
+    cord = {way: row["SpinalCord Max[Gy]"] for way, row in found.items()}
+    assert cord["plan prior alone, cord 45 to 30 Gy"] < cord["plan prior alone"] - 2
+    assert cord["cord 45 to 30 Gy"] < cord["limits as they are"] - 2
+
+
+def test_guidance(patients, tmp_path):
+    """Guidance changes the dose, and takes the weighted excess over the limits no higher."""
+    found = run("guidance", patients, tmp_path, "--every", "2", overlays=("protocol_studies.json",))
+    rows = list(found.values())
+    assert len(rows) == 5 and rows[0]["cases"] == 1
+    assert rows[-1]["dose_score"] != rows[0]["dose_score"]
