@@ -78,7 +78,7 @@ def test_edited_limits(patients, tmp_path):
 
 
 def test_guidance(patients, tmp_path):
-    """Guidance changes the dose, and takes the weighted excess over the limits no higher."""
+    """Every strength is measured, and guidance changes the dose."""
     found = run("guidance", patients, tmp_path, "--every", "2", overlays=("protocol_studies.json",))
     rows = list(found.values())
     assert len(rows) == 5 and rows[0]["cases"] == 1
