@@ -25,7 +25,7 @@ def patients(tmp_path_factory) -> Path:
     for seed in (1, 2):
         case = make_case("HeadNeck", seed, spacing_mm=(6.0, 6.0, 6.0), shape=(64, 64, 32))
         dose = plan_dose(case, beamlet_mm=8.0, iterations=25, normalise=True).dose_gy
-        write_study(with_dose(case, dose), folder / f"p{seed}")
+        write_study(with_dose(case, dose), folder / f"p{seed}", patient_id=f"p{seed}")
     return folder
 
 
