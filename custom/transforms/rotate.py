@@ -8,6 +8,7 @@ import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform, RandomizableTransform
 from monai.transforms.utils import weighted_patch_samples
+from monai.utils import fall_back_tuple
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,7 +16,7 @@ __all__ = ["RandTurnedCropd", "turned_crop"]
 
 
 class RandTurnedCropd(RandomizableTransform, MapTransform):
-    """Crop a patch around a random voxel, turned about the third axis by a random multiple of ``angle_deg``.
+    """Crop patches around random voxels, turned about the third axis by a random multiple of ``angle_deg``.
 
     Nine beams at every 40 degrees are the same beams after a turn by 40 degrees, so the turned patient with the turned
     dose is a plan as good as the other (the augmentation of OpenKBP's winner: Liu et al., Med Phys 48, 2021). Wants
@@ -25,26 +26,38 @@ class RandTurnedCropd(RandomizableTransform, MapTransform):
         keys: tensors ``(C, X, Y, Z)`` of one size.
         nearest: those of them that hold labels: taken from the nearest voxel; the others are interpolated linearly.
         w_key: tensor ``(1, X, Y, Z)`` with the probability of a voxel to be the centre, up to a factor.
-        spatial_size: of the patch; outside of the volume it is zero.
+        spatial_size: of the patch; outside of the volume it is zero. -1 takes the whole extent of that axis.
         angle_deg: angle between neighbouring beams; a divisor of 360.
         prob: share of the patches that are turned.
+        num_samples: patches a volume.
+
+    Returns:
+        A list of ``num_samples`` dictionaries, as MONAI's crops give.
     """
 
     def __init__(self, keys: KeysCollection, nearest: Sequence[str] = (), w_key: str = "body",
-                 spatial_size: Sequence[int] = (64, 64, 48), angle_deg: float = 40.0, prob: float = 0.3) -> None:
+                 spatial_size: Sequence[int] = (64, 64, 48), angle_deg: float = 40.0, prob: float = 0.3,
+                 num_samples: int = 1) -> None:
         MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, prob)
         self.nearest, self.w_key, self.size, self.angle_deg = set(nearest), w_key, tuple(spatial_size), angle_deg
+        self.num_samples = num_samples
 
-    def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:
+    def __call__(self, data: Mapping[Hashable, Tensor]) -> list[dict[Hashable, Tensor]]:
+        weights = torch.as_tensor(data[self.w_key])[0]
+        return [self._patch(data, centre) for centre in
+                weighted_patch_samples(1, weights, n_samples=self.num_samples, r_state=self.R)]
+
+    def _patch(self, data: Mapping[Hashable, Tensor], centre: Sequence[int]) -> dict[Hashable, Tensor]:
         out = dict(data)
         self.randomize(None)
-        weights = torch.as_tensor(out[self.w_key])[0]
-        (centre,) = weighted_patch_samples(1, weights, r_state=self.R)
+        extent = data[self.w_key].shape[1:]
+        size = fall_back_tuple(self.size, extent)
+        centre = [n // 2 if asked <= 0 else int(c) for c, asked, n in zip(centre, self.size, extent, strict=True)]
         turns = self.R.randint(1, round(360.0 / self.angle_deg)) if self._do_transform else 0
         for key in self.key_iterator(out):
             volume = torch.as_tensor(out[key])
-            out[key] = turned_crop(volume, [int(c) for c in centre], self.size, turns * self.angle_deg,
+            out[key] = turned_crop(volume, centre, size, turns * self.angle_deg,
                                    key in self.nearest)
         return out
 

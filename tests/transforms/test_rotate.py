@@ -50,9 +50,20 @@ def test_all_keys_turn_alike_and_as_often_as_asked(volume):
     transform.set_random_state(0)
     turned = 0
     for _ in range(60):
-        out = transform(data)
+        (out,) = transform(data)
         assert out["image"].shape == (3, 12, 12, 5) and out["image"].dtype == torch.float16
         assert out["body"].dtype == torch.uint8 and out["body"][0, 6, 6, 2] == 1  # the centre lies in the body
         np.testing.assert_allclose(out["label"][0], 2 * out["image"][0].float(), atol=0.1)
         turned += int(out["image"][1, 0, 0, 2] != out["image"][1, 0, 1, 2])  # the ramp along i leans
     assert 18 <= turned <= 42
+
+
+def test_whole_axes_and_several_patches(volume):
+    data = {"image": volume, "body": torch.ones_like(volume[:1])}
+    transform = RandTurnedCropd(["image", "body"], ["body"], "body", (-1, -1, 1), prob=0.0, num_samples=3)
+    transform.set_random_state(0)
+    patches = transform(data)
+    assert len(patches) == 3
+    for patch in patches:
+        planes = [k for k in range(volume.shape[3]) if torch.equal(patch["image"][..., 0], volume[..., k])]
+        assert len(planes) == 1 and patch["image"].shape == (*volume.shape[:3], 1)
