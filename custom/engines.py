@@ -164,19 +164,27 @@ class WallClockSchedule:
     """Cosine learning rate with warm-up over minutes of wall clock, or over epochs; ends the run when it is over.
 
     The time already spent is part of the checkpoint, so a resumed run goes on where it stopped. Of many processes, all
-    keep the first one's time, so that they end at the same iteration.
+    keep the first one's time, so that they end at the same iteration. Minutes of the process's own processor time are
+    for comparisons on a machine that does other work too: they are worth the same however busy it is.
 
     Args:
         optimizer: its groups' ``lr`` at construction is the peak.
-        minutes: length of the run by wall clock; None schedules by the engine's ``max_epochs``.
+        minutes: length of the run; None schedules by the engine's ``max_epochs``.
         warmup: share of the run with rising learning rate.
         final: learning rate at the end, as a share of the peak.
         restart_at: progress at which the schedule begins anew (a phase's change).
         early_stop: the validator's :class:`EmaExport`, whose patience ends the run before its time.
+        clock: ``"wall"``, or ``"processor"`` for the time that this process's threads have computed, all together.
     """
 
+    CLOCKS = {"wall": "monotonic", "processor": "process_time"}
+
     def __init__(self, optimizer: torch.optim.Optimizer, minutes: float | None = None, warmup: float = 0.03,
-                 final: float = 0.002, restart_at: float = 1.0, early_stop: EmaExport | None = None) -> None:
+                 final: float = 0.002, restart_at: float = 1.0, early_stop: EmaExport | None = None,
+                 clock: str = "wall") -> None:
+        if clock not in self.CLOCKS:
+            raise CaseError(f"schedule: clock {clock!r}; expected one of {', '.join(self.CLOCKS)}")
+        self.clock = getattr(time, self.CLOCKS[clock])
         self.restart_at, self.early_stop = restart_at, early_stop
         self.optimizer, self.minutes, self.warmup, self.final = optimizer, minutes, warmup, final
         self.peaks = [group["lr"] for group in optimizer.param_groups]
@@ -203,10 +211,10 @@ class WallClockSchedule:
         self.spent_s = float(state["spent_s"])
 
     def _start(self, engine: Engine) -> None:
-        self._last = time.monotonic()
+        self._last = self.clock()
 
     def _step(self, engine: Engine) -> None:
-        now = time.monotonic()
+        now = self.clock()
         self.spent_s, self._last = idist.broadcast(self.spent_s + now - self._last), now
         if self.minutes is None:
             total = engine.state.max_epochs * engine.state.epoch_length

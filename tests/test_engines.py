@@ -179,6 +179,17 @@ def test_schedule_by_the_clock_ends_the_run_and_goes_on_after_a_break(optimizer,
     assert again.state_dict() == {"spent_s": 66.0}
 
 
+def test_processor_time_is_a_clock_of_its_own(optimizer, monkeypatch):
+    """20 s of computing a step of a minute: two steps, whatever the wall clock says."""
+    seconds = count(5.0, 20.0)
+    monkeypatch.setattr(engines, "time", SimpleNamespace(process_time=lambda: next(seconds), monotonic=None))
+    schedule = WallClockSchedule(optimizer, minutes=1.0, warmup=0.0, clock="processor")
+    _, rates = run_with_schedule(schedule, epochs=100)
+    assert rates == pytest.approx([0.4 * schedule.factor(s / 60) for s in (20, 40)])
+    with pytest.raises(CaseError, match="clock 'sun'"):
+        WallClockSchedule(optimizer, clock="sun")
+
+
 # ------------------------------------------------------------------------------------------------------ resume
 class PowerError(Exception):
     """The power fails."""
