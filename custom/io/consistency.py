@@ -53,8 +53,8 @@ def check_isocentres(beams: Sequence[Beam], body: np.ndarray, grid: Grid, path: 
     Raises:
         CaseError: more than a metre outside the image.
     """
-    inside = np.argwhere(body)
-    low, high = inside.min(axis=0) - 1, inside.max(axis=0) + 1
+    inside = [np.flatnonzero(body.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3)]
+    low, high = np.array([(line[0] - 1, line[-1] + 1) for line in inside]).T
     for beam in beams:
         index = grid.to_index(np.array(beam.isocenter_mm))
         outside_mm = np.maximum(0, np.maximum(-index, index - np.array(grid.shape) + 1)) * grid.spacing_mm
