@@ -15,6 +15,7 @@ from tqdm import tqdm
 from custom.case import CaseError, Keys
 from custom.io import find_cases
 from custom.io.course import case_name
+from custom.places import bundle_folder
 
 __all__ = ["bundle_root", "is_done", "list_cases", "prepare", "split_cases"]
 
@@ -24,9 +25,8 @@ CASE_NAME = "case_name"
 
 
 def bundle_root() -> str:
-    """Folder of the bundle this code belongs to: the parent of ``custom`` in an assembled bundle, else ``bundle``."""
-    here = Path(__file__).absolute().parents[1]
-    return str(here if (here / "configs").is_dir() else here / "bundle")
+    """:func:`custom.places.bundle_folder`, as a config takes it."""
+    return str(bundle_folder())
 
 
 def list_cases(dataset_dir: str | Path, done_in: str | Path | None = None) -> list[dict[str, str]]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from custom.case import CaseError
+from custom.places import bundle_folder
 
 __all__ = ["RoiAssignment", "RoiMatch", "RoiTable", "assign_rois", "default_table_path"]
 
@@ -76,17 +77,15 @@ class RoiAssignment:
 
 
 def default_table_path() -> Path:
-    """``roi_aliases.json`` of this repository, or of the assembled bundle where ``custom`` lies beside ``configs``.
+    """``configs/roi_aliases.json`` of the bundle.
 
     Raises:
-        CaseError: when neither is there.
+        CaseError: when it is not there.
     """
-    root = Path(__file__).resolve().parents[1]
-    candidates = [root / "bundle" / "configs" / "roi_aliases.json", root / "configs" / "roi_aliases.json"]
-    for path in candidates:
-        if path.is_file():
-            return path
-    raise CaseError(f"no roi_aliases.json; looked at {' and '.join(map(str, candidates))}; give the path of the table")
+    path = bundle_folder() / "configs" / "roi_aliases.json"
+    if not path.is_file():
+        raise CaseError(f"no roi_aliases.json; looked for {path}; give the path of the table")
+    return path
 
 
 def normalise(name: str) -> str:

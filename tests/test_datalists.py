@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from custom import datalists
+from custom import places
 from custom.case import CaseError
 from custom.datalists import bundle_root, list_cases, prepare, split_cases
 
@@ -69,13 +69,14 @@ def test_missing_and_empty_folders_are_named(tmp_path):
         list_cases(tmp_path)
 
 
-def test_bundle_root_in_the_repository_and_in_an_assembled_bundle(tmp_path, monkeypatch):
+def test_bundle_root_in_the_repository_in_an_assembled_bundle_and_in_a_wheel(tmp_path, monkeypatch):
     assert (Path(bundle_root()) / "configs" / "metadata.json").is_file()
-    (tmp_path / "custom").mkdir()
-    monkeypatch.setattr(datalists, "__file__", str(tmp_path / "custom" / "datalists.py"))
+    monkeypatch.setattr(places, "__file__", str(tmp_path / "custom" / "places.py"))
     assert bundle_root() == str(tmp_path / "bundle")
     (tmp_path / "configs").mkdir()
     assert bundle_root() == str(tmp_path)
+    (tmp_path / "custom" / "bundle" / "configs").mkdir(parents=True)
+    assert bundle_root() == str(tmp_path / "custom" / "bundle")
 
 
 def test_prepare_reads_every_case_once():

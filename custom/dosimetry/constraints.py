@@ -20,6 +20,7 @@ from custom.case import Case, CaseError
 from custom.dosimetry.dvh import Metric, parse_metric
 from custom.dosimetry.partial import dose_samples
 from custom.dosimetry.regions import Region, check_structure, regions
+from custom.places import bundle_folder
 
 __all__ = ["FAILED", "NOT_APPLICABLE", "PASSED", "Constraint", "Verdict", "check", "compliance", "load_constraints"]
 
@@ -126,10 +127,8 @@ def load_constraints(path: str | Path | None = None) -> tuple[Constraint, ...]:
 
 
 def default_path() -> Path:
-    """``constraints.json`` of the bundle, whether ``custom`` lies beside it, in a repository, or within it."""
-    root = Path(__file__).absolute().parents[2]
-    inside = root / "configs" / "constraints.json"
-    return inside if inside.is_file() else root / "bundle" / "configs" / "constraints.json"
+    """``configs/constraints.json`` of the bundle."""
+    return bundle_folder() / "configs" / "constraints.json"
 
 
 def check(

@@ -14,6 +14,7 @@ from scipy import ndimage, optimize
 from custom.case import BODY, Case, CaseError
 from custom.physics.limits import follow, own_objectives, read_protocol
 from custom.physics.pencil_beam import Direction, Field, density_from_hu
+from custom.places import bundle_folder
 
 __all__ = ["BeamModel", "Objective", "Plan", "load_objectives", "mimic_dose", "plan_dose"]
 
@@ -22,10 +23,8 @@ KINDS = ("min", "max")
 
 
 def objectives_path() -> Path:
-    """``configs/plan_objectives.json`` beside this package, in the repository or in an assembled bundle."""
-    root = Path(__file__).resolve().parents[2]
-    found = [p for p in (root / "configs", root / "bundle" / "configs") if p.is_dir()]
-    return (found[0] if found else root / "configs") / "plan_objectives.json"
+    """``configs/plan_objectives.json`` of the bundle."""
+    return bundle_folder() / "configs" / "plan_objectives.json"
 
 
 @dataclass(frozen=True)

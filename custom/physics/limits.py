@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from custom.case import CaseError
+from custom.places import bundle_folder
 
 __all__ = ["Limit", "edited", "follow", "own_objectives", "protocol_path", "read_protocol"]
 
@@ -46,10 +47,8 @@ class Limit:
 
 
 def protocol_path() -> Path:
-    """``configs/constraints.json`` beside this package, in the repository or in an assembled bundle."""
-    root = Path(__file__).resolve().parents[2]
-    inside = root / "configs" / "constraints.json"
-    return inside if inside.is_file() else root / "bundle" / "configs" / "constraints.json"
+    """``configs/constraints.json`` of the bundle."""
+    return bundle_folder() / "configs" / "constraints.json"
 
 
 def read_protocol(path: str | Path) -> list[dict[str, Any]]:
