@@ -25,7 +25,8 @@ class RandTurnedCropd(RandomizableTransform, MapTransform):
     Args:
         keys: tensors ``(C, X, Y, Z)`` of one size.
         nearest: those of them that hold labels: taken from the nearest voxel; the others are interpolated linearly.
-        w_key: tensor ``(1, X, Y, Z)`` with the probability of a voxel to be the centre, up to a factor.
+        w_key: tensor ``(1, X, Y, Z)`` with the probability of a voxel to be the centre, up to a factor, among those
+            around which a patch lies within the volume; along an axis shorter than the patch, the volume's middle.
         spatial_size: of the patch; outside of the volume it is zero. -1 takes the whole extent of that axis.
         angle_deg: angle between neighbouring beams; a divisor of 360.
         prob: share of the patches that are turned.
@@ -46,14 +47,13 @@ class RandTurnedCropd(RandomizableTransform, MapTransform):
     def __call__(self, data: Mapping[Hashable, Tensor]) -> list[dict[Hashable, Tensor]]:
         weights = torch.as_tensor(data[self.w_key])[0]
         return [self._patch(data, centre) for centre in
-                weighted_patch_samples(1, weights, n_samples=self.num_samples, r_state=self.R)]
+                weighted_patch_samples(self.size, weights, n_samples=self.num_samples, r_state=self.R)]
 
     def _patch(self, data: Mapping[Hashable, Tensor], centre: Sequence[int]) -> dict[Hashable, Tensor]:
         out = dict(data)
         self.randomize(None)
-        extent = data[self.w_key].shape[1:]
-        size = fall_back_tuple(self.size, extent)
-        centre = [n // 2 if asked <= 0 else int(c) for c, asked, n in zip(centre, self.size, extent, strict=True)]
+        size = fall_back_tuple(self.size, data[self.w_key].shape[1:])
+        centre = [int(c) for c in centre]
         turns = self.R.randint(1, round(360.0 / self.angle_deg)) if self._do_transform else 0
         for key in self.key_iterator(out):
             volume = torch.as_tensor(out[key])

@@ -67,3 +67,13 @@ def test_whole_axes_and_several_patches(volume):
     for patch in patches:
         planes = [k for k in range(volume.shape[3]) if torch.equal(patch["image"][..., 0], volume[..., k])]
         assert len(planes) == 1 and patch["image"].shape == (*volume.shape[:3], 1)
+
+
+def test_patches_stay_within_the_volume_where_they_fit(volume):
+    data = {"image": volume + 1000, "body": torch.ones_like(volume[:1])}
+    x, y, z = volume.shape[1:]
+    transform = RandTurnedCropd(["image", "body"], ["body"], "body", (x - 4, y + 6, z), prob=0.0, num_samples=8)
+    transform.set_random_state(0)
+    for patch in transform(data):
+        inside = patch["body"][0] > 0
+        assert inside.sum() == (x - 4) * y * z and inside[:, 3:-3].all()  # in the middle of the axis that is too short
