@@ -21,12 +21,15 @@ __all__ = ["Ablations", "table"]
 
 logger = logging.getLogger(__name__)
 
+OVERLAYS = "overlays"
+
 
 class Ablations:
     """Run ``ablate`` of the configs once a variant and collect the scores.
 
     Args:
-        variants: name -> config overrides; the first one is what the others are compared with.
+        variants: name -> config overrides; the first one is what the others are compared with. ``overlays`` among them
+            names further config files, laid over the others.
         config_files: of the runs.
         options: overrides for all of them, such as the data set and the minutes.
         output_dir: gets a folder a variant, ``ablations.json`` and ``ablations.md``.
@@ -58,7 +61,8 @@ class Ablations:
     def _run(self, name: str, folder: Path, overrides: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         values = {**self.options, "output_dir": str(folder), **overrides}
-        command = [sys.executable, "-m", "monai.bundle", "run", self.run_id, "--config_file", str(self.config_files)]
+        files = self.config_files + [str(path) for path in values.pop(OVERLAYS, ())]
+        command = [sys.executable, "-m", "monai.bundle", "run", self.run_id, "--config_file", str(files)]
         for key, value in values.items():
             command += [f"--{key}", "$None" if value is None else value if isinstance(value, str) else repr(value)]
         log = folder / "log.txt"
@@ -77,21 +81,38 @@ class Ablations:
 
 
 def table(found: Mapping[str, Mapping[str, Mapping]]) -> str:
-    """Markdown table of variant -> inferer -> scores, with the paired difference to the first variant.
+    """Markdown table of variant -> inferer -> scores, with the paired differences to the first variant.
 
-    The 95 % interval is that of the mean paired difference over cases (Student's t).
+    The 95 % interval is that of the mean paired difference over cases (Student's t). Where limits were judged, their
+    columns follow, beside those that the reference doses meet.
     """
     first = next(iter(found.values()))
-    lines = ["| variant | inferer | dose score, Gy | DVH score, Gy | difference of dose score [95 %] |",
-             "|---|---|---|---|---|"]
+    judged = any("constraints_met_percents" in scores for inferers in found.values() for scores in inferers.values())
+    titles = ["variant", "inferer", "dose score, Gy", "DVH score, Gy", "difference of dose score [95 %]"]
+    titles += ["limits met, %", "reference, %", "difference of limits met [95 %]"] if judged else []
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for variant, inferers in found.items():
         for inferer, scores in inferers.items():
-            difference = np.subtract(scores["dose_errors_gy"], first[inferer]["dose_errors_gy"])
-            text = "" if scores is first[inferer] or difference.size < 2 else _interval(difference)
-            lines.append(f"| {variant} | {inferer} | {scores['dose_score']:.3f} | {scores['dvh_score']:.3f} | {text} |")
+            other = first[inferer]
+            cells = [variant, inferer, f"{scores['dose_score']:.3f}", f"{scores['dvh_score']:.3f}",
+                     _difference(scores, other, "dose_errors_gy", 3)]
+            if "constraints_met_percents" in scores:
+                cells += [f"{scores['constraints_met_percent']:.1f}",
+                          f"{scores['reference_constraints_met_percent']:.1f}",
+                          _difference(scores, other, "constraints_met_percents", 1)]
+            cells += [""] * (len(titles) - len(cells))
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _interval(difference: np.ndarray) -> str:
+def _difference(scores: Mapping, first: Mapping, key: str, digits: int) -> str:
+    """Mean paired difference over the cases that both have a number of, with its interval; nothing for the first."""
+    if scores is first or key not in first:
+        return ""
+    difference = np.subtract(scores[key], first[key])
+    difference = difference[np.isfinite(difference)]
+    if difference.size < 2:
+        return ""
     half = stats.t.ppf(0.975, difference.size - 1) * difference.std(ddof=1) / np.sqrt(difference.size)
-    return f"{difference.mean():+.3f} [{difference.mean() - half:+.3f}, {difference.mean() + half:+.3f}]"
+    mean = difference.mean()
+    return f"{mean:+.{digits}f} [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]"

@@ -173,7 +173,8 @@ class WallClockSchedule:
         warmup: share of the run with rising learning rate.
         final: learning rate at the end, as a share of the peak.
         restart_at: progress at which the schedule begins anew (a phase's change).
-        early_stop: the validator's :class:`EmaExport`, whose patience ends the run before its time.
+        early_stop: the validator's :class:`EmaExport`, or what stands in for it (``enter_phase``, ``exhausted``,
+            ``patience``); its patience ends the run before its time.
         clock: ``"wall"``, or ``"processor"`` for the time that this process's threads have computed, all together.
     """
 
@@ -224,10 +225,10 @@ class WallClockSchedule:
         engine.state.progress = progress
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * self.factor(min(progress, 1.0))
-        if isinstance(self.early_stop, EmaExport):
+        if self.early_stop is not None:
             self.early_stop.enter_phase(int(0.0 < self.restart_at <= progress))
         if self.early_stop is not None and self.early_stop.exhausted:
-            logger.info("no better for %d validations: stopped early", self.early_stop.patience)
+            logger.info("no better within the patience of %s: stopped early", self.early_stop.patience)
             engine.terminate()
         if progress >= 1.0:
             logger.info("the %s minutes are over at epoch %d", self.minutes, engine.state.epoch)

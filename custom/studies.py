@@ -171,40 +171,73 @@ class CachedScore:
         target_names: which of them are targets.
         output_dir: gets ``scores.json``.
         device: where the network is.
+        compliance: metric ``(dose (B, 1, X, Y, Z), image) -> percent (B, 1)`` of the limits met, which the reference
+            doses are put to as well, such as :class:`custom.protocol.compliance.ComplianceScore`; None leaves it out.
+        judged: the same cases whose ``image`` holds every condition the metric reads, for a dataset that has lost
+            some; None takes ``dataset``.
     """
 
     def __init__(self, dataset: Sequence[Mapping], network: torch.nn.Module, inferers: Mapping[str, Callable],
                  roi_names: Sequence[str], target_names: Sequence[str], output_dir: str | Path,
-                 device: torch.device | str = "cpu") -> None:
+                 device: torch.device | str = "cpu", compliance: Callable | None = None,
+                 judged: Sequence[Mapping] | None = None) -> None:
+        self.compliance, self.judged = compliance, dataset if judged is None else judged
         self.dataset, self.network, self.inferers = dataset, network, dict(inferers)
         self.is_target = [name in target_names for name in roi_names]
         self.path, self.device = Path(output_dir) / "scores.json", torch.device(device)
 
-    def run(self) -> dict[str, dict[str, float]]:
-        """Score all cases; returns and writes inferer -> ``dose_score``, ``dvh_score`` (Gy) and the doses by case."""
+    def run(self) -> dict[str, dict]:
+        """Score all cases; returns and writes inferer -> scores.
+
+        Those are ``dose_score``, ``dvh_score`` (Gy) and ``dose_errors_gy`` by case; with a metric of compliance, the
+        means ``constraints_met_percent`` and ``reference_constraints_met_percent`` and the former by case,
+        ``constraints_met_percents`` (nan where no limit applies).
+        """
         self.network.eval()
-        dose: dict[str, list[float]] = {name: [] for name in self.inferers}
-        dvh: dict[str, list[float]] = {name: [] for name in self.inferers}
+        found: dict[str, dict[str, list[float]]] = {name: {} for name in self.inferers}
         for number in tqdm(range(len(self.dataset)), desc="scores", unit="case"):
-            item = self.dataset[number]
-            body, label = item["body"][0] > 0, item["label"][0].float()
-            gy = float(item["prescription_gy"])
-            for name, inferer in self.inferers.items():
-                with torch.no_grad():
-                    pred = inferer(item["image"][None].to(self.device), self.network)[0, 0].cpu() * body
-                dose[name].append(float((pred - label).abs()[body].mean()) * gy)
-                dvh[name] += self._dvh_errors(pred.numpy() * gy, label.numpy() * gy, item)
-        found = {name: {"dose_score": float(np.mean(dose[name])), "dvh_score": float(np.mean(dvh[name])),
-                        "cases": len(dose[name]), "dose_errors_gy": dose[name]} for name in self.inferers}
+            for name, scores in self._case(number):
+                for key, values in scores.items():
+                    found[name].setdefault(key, []).extend(values)
+        summary = {name: _summary(scores) for name, scores in found.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with _whole_file(self.path) as stream:
-            json.dump(found, stream, indent=1)
-        return found
+            json.dump(summary, stream, indent=1)
+        return summary
+
+    def _case(self, number: int) -> Iterator[tuple[str, dict[str, Sequence[float]]]]:
+        item = self.dataset[number]
+        body, label = item["body"][0] > 0, item["label"][0].float()
+        gy = float(item["prescription_gy"])
+        image = self.judged[number]["image"] if self.compliance is not None else item["image"]
+        reference = self._percent(label, image)
+        for name, inferer in self.inferers.items():
+            with torch.no_grad():
+                pred = inferer(item["image"][None].to(self.device), self.network)[0, 0].cpu() * body
+            yield name, {"dose": [float((pred - label).abs()[body].mean()) * gy],
+                         "dvh": list(self._dvh_errors(pred.numpy() * gy, label.numpy() * gy, item)),
+                         "met": self._percent(pred, image), "reference_met": reference}
+
+    def _percent(self, dose: torch.Tensor, image: torch.Tensor) -> list[float]:
+        """Share of the limits met by ``(X, Y, Z)``, of one case; nothing without a metric."""
+        return [] if self.compliance is None else [float(self.compliance(dose[None, None], image[None]))]
 
     def _dvh_errors(self, pred_gy: np.ndarray, label_gy: np.ndarray, item: Mapping) -> Iterator[float]:
         for mask, is_target in zip(item["rois"].numpy() > 0, self.is_target, strict=True):
             if mask.any():
                 a, b = (openkbp_dvh(d[mask], 1000 * float(item["voxel_cc"]), is_target) for d in (pred_gy, label_gy))
                 yield from (abs(a[name] - b[name]) for name in a)
+
+
+def _summary(scores: Mapping[str, Sequence[float]]) -> dict:
+    """Means over cases (dose, compliance) and over all structures of all cases (DVH)."""
+    out = {"dose_score": float(np.mean(scores["dose"])), "dvh_score": float(np.mean(scores["dvh"])),
+           "cases": len(scores["dose"]), "dose_errors_gy": scores["dose"]}
+    if scores["met"]:
+        out |= {"constraints_met_percent": float(np.nanmean(scores["met"])),
+                "reference_constraints_met_percent": float(np.nanmean(scores["reference_met"])),
+                "constraints_met_percents": scores["met"]}
+    return out
 
 
 class Calibration:

@@ -1,6 +1,9 @@
 """Runs of variants, each in its own process, and their table."""
 
 import json
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -37,6 +40,24 @@ def test_each_variant_is_run_once_and_compared_with_the_first(config, tmp_path):
     assert (out / "full" / "scores.json").stat().st_mtime_ns == stamp
 
 
+def test_a_variant_may_lay_configs_over_the_others(monkeypatch, tmp_path):
+    """Appended to that variant's files alone, after them."""
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        folder = Path(command[command.index("--output_dir") + 1])
+        (folder / "scores.json").write_text(json.dumps(scores_of([50.0, 60.0])))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    variants = {"full": {}, "overlaid": {"overlays": ["more.json"], "keeper": "@export", "left": None}}
+    Ablations(variants, ["base.json"], {"device": None}, tmp_path).run()
+    files = [command[command.index("--config_file") + 1] for command in commands]
+    assert files == ["['base.json']", "['base.json', 'more.json']"]
+    assert commands[1][-4:] == ["--keeper", "@export", "--left", "$None"] and "--overlays" not in commands[1]
+
+
 def test_a_run_that_fails_is_named_with_its_log(config, tmp_path):
     with pytest.raises(CaseError, match="'broken'.*log.txt"):
         Ablations({"broken": {"output_dir": str(tmp_path / "no" / "folder")}}, [config], {}, tmp_path / "out").run()
@@ -47,3 +68,21 @@ def test_interval_is_students():
     found = {"a": {"x": {"dose_score": 0.0, "dvh_score": 0.0, "dose_errors_gy": [0.0, 0.0, 0.0]}},
              "b": {"x": {"dose_score": 2.0, "dvh_score": 0.0, "dose_errors_gy": [1.0, 2.0, 3.0]}}}
     assert "+2.000 [-0.484, +4.484]" in table(found)
+
+
+def scores_of(met, first=40.0):
+    """Scores with a share of the limits met, by case."""
+    return {"x": {"dose_score": 1.0, "dvh_score": 1.0, "dose_errors_gy": [1.0] * len(met),
+                  "constraints_met_percent": first, "reference_constraints_met_percent": 52.5,
+                  "constraints_met_percents": met}}
+
+
+def test_limits_met_are_compared_in_pairs():
+    """Differences 10, 20, 30 as above; a case to which no limit applies (nan) is no pair."""
+    nan = float("nan")
+    found = {"off": scores_of([40.0, 40.0, 40.0, nan]), "on": scores_of([50.0, 60.0, 70.0, nan], 60.0)}
+    lines = table(found).splitlines()
+    assert lines[0].endswith("| limits met, % | reference, % | difference of limits met [95 %] |")
+    assert lines[2].endswith("| 40.0 | 52.5 |  |") and lines[3].endswith("| 60.0 | 52.5 | +20.0 [-4.8, +44.8] |")
+    without = {"old": {"x": {k: v for k, v in scores_of([1.0])["x"].items() if "met" not in k}}, **found}
+    assert all(line.count("|") == 9 for line in table(without).splitlines())

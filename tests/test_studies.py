@@ -127,3 +127,24 @@ def test_cached_scores_are_those_of_the_evaluation(item, tmp_path):
     assert found["dose_score"] == pytest.approx(expected["dose_score"], rel=1e-4)
     assert found["dvh_score"] == pytest.approx(expected["dvh_score"], rel=1e-4)
     assert json.loads((tmp_path / "scores.json").read_text())["as it is"] == found
+
+
+def test_cached_scores_judge_the_limits_on_all_conditions(tmp_path):
+    """Prediction and reference by the metric, on the images that lost no condition; nan where no limit applies."""
+    def item(condition):
+        volume = torch.ones(1, 4, 4, 4)
+        return {"image": condition * volume, "label": 0.5 * volume, "body": volume, "rois": volume,
+                "prescription_gy": torch.tensor(70.0), "voxel_cc": torch.tensor(0.1)}
+
+    class Metric(list):  # empty and so false, as one of MONAI's with nothing in its buffer
+        def __call__(self, dose, image):
+            assert dose.shape == image.shape == (1, 1, 4, 4, 4)
+            return torch.full((1, 1), float(dose.mean() * image.mean()) if image.max() > 0 else float("nan"))
+
+    blanked, whole = [item(0.0), item(0.0)], [item(80.0), item(0.0)]
+    found = CachedScore(blanked, torch.nn.Identity(), {"x": lambda image, n: image + 1}, ["SpinalCord"], [], tmp_path,
+                        compliance=Metric(), judged=whole).run()["x"]
+    assert found["constraints_met_percents"][0] == 80 and np.isnan(found["constraints_met_percents"][1])
+    assert (found["constraints_met_percent"], found["reference_constraints_met_percent"]) == (80, 40)
+    assert "constraints_met_percent" not in CachedScore(blanked, torch.nn.Identity(), {"x": lambda i, n: i},
+                                                        ["SpinalCord"], [], tmp_path).run()["x"]

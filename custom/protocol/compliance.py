@@ -74,10 +74,11 @@ class CompliancePlateau:
     """Ends a training whose compliance has not improved for a number of epochs (ADDiff-Dose, algorithm 1, step 14).
 
     Attach it to the validator, and give it to ``WallClockSchedule(early_stop=...)``, which asks :attr:`exhausted`. It
-    takes the place of the export of the best weights, and does that too.
+    takes the place of the export of the best weights, and does that too. A new phase trains another part, so both begin
+    anew with it.
 
     Args:
-        patience: epochs of training, not validations.
+        patience: epochs of training, not validations; None for never.
         metric: name in the validator's ``state.metrics``; higher is better.
         least: by how much a value must exceed the best one to count as better.
         export: an ``EmaExport``, attached and checkpointed along; its own patience counts as well.
@@ -85,19 +86,26 @@ class CompliancePlateau:
 
     def __init__(
         self,
-        patience: int = 20,
+        patience: int | None = 20,
         metric: str = "constraints_met_percent",
         least: float = 0.0,
         export: Any = None,
     ) -> None:
         self.patience, self.metric, self.least, self.export = patience, metric, least, export
-        self.best, self.best_epoch, self.epoch = -math.inf, 0, 0
+        self.best, self.best_epoch, self.epoch, self.phase = -math.inf, 0, 0, 0
 
     @property
     def exhausted(self) -> bool:
         """True when the patience is over."""
         export_is = self.export is not None and self.export.exhausted
-        return export_is or self.epoch - self.best_epoch >= self.patience
+        return export_is or (self.patience is not None and self.epoch - self.best_epoch >= self.patience)
+
+    def enter_phase(self, phase: int) -> None:
+        """Begin anew when ``phase`` is another one."""
+        if phase != self.phase:
+            self.best, self.best_epoch, self.phase = -math.inf, self.epoch, phase
+        if self.export is not None:
+            self.export.enter_phase(phase)
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._check)
@@ -105,12 +113,12 @@ class CompliancePlateau:
             self.export.attach(engine)
 
     def state_dict(self) -> dict:
-        own = {"best": self.best, "best_epoch": self.best_epoch, "epoch": self.epoch}
+        own = {"best": self.best, "best_epoch": self.best_epoch, "epoch": self.epoch, "phase": self.phase}
         return own if self.export is None else own | {"export": self.export.state_dict()}
 
     def load_state_dict(self, state: Mapping) -> None:
         self.best, self.best_epoch = float(state["best"]), int(state["best_epoch"])
-        self.epoch = int(state["epoch"])
+        self.epoch, self.phase = int(state["epoch"]), int(state.get("phase", 0))
         if self.export is not None:
             self.export.load_state_dict(state["export"])
 

@@ -119,7 +119,7 @@ def test_the_plateau_is_part_of_the_checkpoint():
     _, plateau = stop_of([50.0, 60.0, 59.0, 58.0], patience=20)
     again = CompliancePlateau(20)
     again.load_state_dict(plateau.state_dict())
-    assert again.state_dict() == {"best": 60.0, "best_epoch": 2, "epoch": 4} and not again.exhausted
+    assert again.state_dict() == {"best": 60.0, "best_epoch": 2, "epoch": 4, "phase": 0} and not again.exhausted
 
 
 class Export:
@@ -127,8 +127,13 @@ class Export:
 
     patience, exhausted, seen = 3, False, 0
 
+    phase = 0
+
     def attach(self, engine):
         engine.add_event_handler(Events.EPOCH_COMPLETED, lambda e: setattr(self, "seen", self.seen + 1))
+
+    def enter_phase(self, phase):
+        self.phase = phase
 
     def state_dict(self):
         return {"seen": self.seen}
@@ -148,3 +153,19 @@ def test_the_plateau_carries_the_export_along():
     assert (again.best, again.export.seen) == (50.0, 1)
     again.export.exhausted = True
     assert again.exhausted
+
+
+def test_the_plateau_begins_anew_with_a_phase():
+    """The denoiser's first weights replace the prior's, and its compliance is not held against the prior's."""
+    plateau, validator = CompliancePlateau(20, export=Export()), Engine(lambda *_: None)
+    plateau.attach(validator)
+    for epoch, value, phase in ((10, 60.0, 0), (29, 50.0, 0), (30, 40.0, 1)):
+        plateau.enter_phase(phase)
+        validator.state.metrics, validator.state.epoch = {"constraints_met_percent": value}, epoch
+        validator.fire_event(Events.EPOCH_COMPLETED)
+        assert not plateau.exhausted
+    assert (plateau.best, plateau.best_epoch, plateau.export.phase) == (40.0, 30, 1)
+
+
+def test_without_patience_it_never_ends_a_run():
+    assert stop_of([60.0] + [50.0] * 40, patience=None)[0] == 41

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 from monai.bundle import ConfigParser
 
-from custom.engines import PhasedObjective
+from custom.engines import EmaExport, PhasedObjective
 from custom.inferers import DoseDiffusionInferer
+from custom.objectives import RegressionObjective
+from custom.protocol.compliance import CompliancePlateau
 from custom.protocol.loss import ConstraintLoss
 from custom.protocol.objective import ConstraintObjective
 from custom.transforms.edited import EditedLimitsd
@@ -36,14 +38,38 @@ def test_guidance_is_off_by_default_and_on_by_its_overlay():
 
 def test_the_training_overlay_wraps_the_objective():
     parser = parser_of("inference", "train", "constraint_loss")
-    objective = parser.get_parsed_content("objective")
+    objective = parser.get_parsed_content("minimised")
     assert isinstance(objective, ConstraintObjective) and isinstance(objective.objective, PhasedObjective)
     assert isinstance(objective.loss, ConstraintLoss) and objective.loss.beyond_reference
-    assert parser.get_parsed_content("loss_weights")["constraints"] == 0.5
+    assert parser.get_parsed_content("loss_weights") == {"dvh": 1.0, "constraints": 0.5}
     assert parser.get_parsed_content("compliance_metric").names == parser.get_parsed_content("condition_channels")
-    handlers = parser["validate"]["handlers"]
-    assert any("validate::export" in str(h) for h in handlers) or "@validate#export" in handlers
-    assert parser["validate"]["export"]["patience"] == "@compliance_patience"
+
+
+def test_the_plateau_takes_the_exports_place():
+    parser = parser_of("inference", "train", "constraint_loss", output_dir="nowhere")
+    keeper, schedule = parser.get_parsed_content("keeper"), parser.get_parsed_content("schedule")
+    assert isinstance(keeper, CompliancePlateau) and keeper.patience == 20
+    assert isinstance(keeper.export, EmaExport) and schedule.early_stop is keeper
+    assert parser["validate"]["handlers"][0]["handler"] == "@keeper"
+    alone = parser_of("inference", "train", output_dir="nowhere").get_parsed_content("schedule").early_stop
+    assert isinstance(alone, EmaExport)
+
+
+def test_another_systems_objective_is_wrapped_too():
+    parser = parser_of("inference", "train", "systems/unet", "constraint_loss")
+    objective = parser.get_parsed_content("minimised")
+    assert isinstance(objective, ConstraintObjective) and isinstance(objective.objective, RegressionObjective)
+
+
+def test_the_ablation_differs_by_the_loss_alone():
+    """Laid over as the ablation does it: no early stop, no metric in the validations, which cost training time."""
+    variant = parser_of("inference", "train", "ablations").get_parsed_content("variants")["with the constraint loss"]
+    (overlay,) = variant.pop("overlays")
+    assert Path(overlay) == CONFIGS / "constraint_loss.json"
+    parser = parser_of("inference", "train", "ablations", "constraint_loss", output_dir="nowhere", **variant)
+    assert isinstance(parser.get_parsed_content("minimised"), ConstraintObjective)
+    assert parser.get_parsed_content("val_additional_metrics") is None
+    assert isinstance(parser.get_parsed_content("schedule").early_stop, EmaExport)
 
 
 @pytest.mark.parametrize("key", ["guidance_ways", "limit_ways"])
