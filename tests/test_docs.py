@@ -33,6 +33,8 @@ RUN_BY = {
     r"make test-label": "itself",
     r"make test-deploy": "itself",
     r"pip install -e \.": "make setup, which installs the project so",
+    r"pip install \.": "test_package.py::test_the_wheel_holds_code_configs_weights_and_types_and_nothing_else",
+    r"rt-dose-demo OUT": "test_package.py::test_the_installed_package_runs_its_demo_without_a_clone",
     r"python3 -m venv": "make setup",
     r"make demo": "test_docs.py::test_make_demo_and_picture",
     r"make picture": "test_docs.py::test_make_demo_and_picture",

@@ -19,7 +19,7 @@ LAYERS = (
     {"losses", "metrics", "protocol", "report", "phantom"},
     {"transforms", "objectives", "inferers", "engines", "datalists", "batch", "runner", "studies", "benchmark",
      "ablations", "pictures", "comparison"},
-    {"distributed"},
+    {"distributed", "demo"},
     {"release"},
 )
 EXTENDED = ("report", "phantom", "inferers", "objectives", "comparison")

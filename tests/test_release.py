@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from custom.case import CaseError
+from custom.phantom import make_case, write_study
 from custom.release import assemble as assembly
 from custom.release import trial
 from custom.release.assemble import NAME, assemble, pack, read_json, synchronise_metadata, write_json
@@ -157,6 +159,24 @@ def test_release_predicts_from_its_zip_in_an_empty_environment(archive):
     installed = {row["name"].lower().replace("_", "-") for row in json.loads(listed.stdout)}
     assert not installed & {"rt-ct-dose-prediction", "pytest", "jsonschema", "simpleitk"}
     assert "mean dose of PTV_7000" in trial.try_out(archive, python)
+
+
+@pytest.mark.slow
+def test_the_pages_python_loads_the_network_and_runs_the_workflow_to_its_end(archive, tmp_path):
+    """The block "From Python" of model_zoo.md as it stands, beside the unpacked zip and a synthetic patient."""
+    page = (ROOT / "bundle" / "docs" / "model_zoo.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    with zipfile.ZipFile(archive) as packed:
+        packed.extractall(tmp_path / "models")
+    case = make_case("HeadNeck", 3, shape=(48, 48, 24))
+    write_study(case, tmp_path / "data" / "patient_3", patient_id="ZOO_3")
+    script = f"{block}\nassert sum(p.numel() for p in network.parameters()) > 1e6, network\n"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=900,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path / "models" / NAME)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = read_json(tmp_path / "results" / "patient_3" / "report.json")
+    assert "mean dose of PTV_7000" in trial._judged(report)
+    assert (tmp_path / "results" / "patient_3" / "RTDOSE.dcm").is_file()
 
 
 @pytest.mark.slow

@@ -92,7 +92,12 @@ FAULTS: dict[str, list[tuple[Callable[[Path], object], str]]] = {
     "paths": [
         (lambda b: change_metadata(b, description="see /home/" + "me/notes"), "configs/metadata.json:.*/home/me/notes"),
     ],
-    "model card": [(lambda b: (b / "docs" / "README.md").write_text("# A model\n"), "TorchScript.*TensorRT")],
+    "model card": [
+        (lambda b: (b / "docs" / "README.md").write_text("# A model\n"), "TorchScript.*TensorRT"),
+        (lambda b: weights(b, b"others"), "SHA-256"),
+        (lambda b: change_metadata(b, eval_metrics={"a_score_gy": 77.77}), "a_score_gy 77.77"),
+        (lambda b: change_image(b, num_channels=39), "39 channels"),
+    ],
 }
 # Checks of the code's text need the formatters; the slow test runs them.
 CHECKED_HERE = [name for name in checks.CHECKS if name != "formatters"]

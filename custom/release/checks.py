@@ -224,11 +224,18 @@ def check_paths(bundle: Path) -> str:
 
 
 def check_card(bundle: Path) -> str:
-    """The model card says what the zoo wants said of bundles it cannot script or accelerate."""
+    """The model card says what the zoo wants said of bundles it cannot script or accelerate, and of these weights."""
     text = (bundle / "docs" / "README.md").read_text(encoding="utf-8")
+    metadata = metadata_of(bundle)
     unsaid = [word for word in ("TorchScript", "TensorRT", "Research", "Limits", "Data") if word not in text]
+    unsaid += [f"{key} {value:.2f} (of metadata.json)" for key, value in metadata.get("eval_metrics", {}).items()
+               if f"{value:.2f}" not in text]
+    digest = hashlib.sha256((bundle / "models" / "model.pt").read_bytes()).hexdigest()
+    unsaid += [] if digest in text else [f"the weights' SHA-256, {digest}"]
+    channels = f"{metadata['network_data_format']['inputs']['image']['num_channels']} channels"
+    unsaid += [] if f"`image`: {channels}" in text else [f"`image`: {channels}"]
     if unsaid:
-        raise CaseError(f"model card: docs/README.md says nothing about {unsaid}")
+        raise CaseError(f"model card: docs/README.md says nothing about {unsaid}; bring it up to date")
     return f"{len(text.splitlines())} lines"
 
 
