@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,11 +46,11 @@ PLANES = {
 
 @dataclass(frozen=True)
 class _Scene:
-    """Arrays of a case as views along +L, +P, +S, with the box around the dose."""
+    """Arrays of a case as views along +L, +P, +S, with the box around the dose; of a structure only its cuts."""
 
     ct_hu: np.ndarray | None
     body: np.ndarray
-    structures: Mapping[str, tuple[np.ndarray, str]]
+    structures: Sequence[tuple[Mapping[tuple[int, int], np.ndarray], str]]
     spacing_mm: np.ndarray
     box: tuple[slice, slice, slice]
     prescription_gy: float
@@ -77,15 +77,16 @@ def draw_views(
 
     body = turn(case.body)
     spacing_mm = case.grid.spacing_mm[list(axes)]
-    structures = {name: (turn(mask), colours[name]) for name, mask in case.masks.items() if name in colours}
     dose, reference = turn(dose_gy), turn(case.dose_gy)
     irradiated = bounding_box(dose > IRRADIATED_SHARE * case.highest_prescription_gy)
     extent = _padded(irradiated, AROUND_DOSE_MM, spacing_mm, body.shape)
+    indices = [[view["index"][axis] for axis in axes] for view in views]
+    indices = [[body.shape[a] - 1 - n if flips[a] else n for a, n in enumerate(index)] for index in indices]
+    planes = {(cut, index[cut]) for index in indices for cut in range(3)}
+    structures = [(_cuts(turn(case.masks[name]), planes), colours[name]) for name in case.masks if name in colours]
     scene = _Scene(turn(case.ct_hu), body, structures, spacing_mm, extent, case.highest_prescription_gy)
     drawn = []
-    for view in views:
-        index = [view["index"][axis] for axis in axes]
-        index = [body.shape[a] - 1 - n if flips[a] else n for a, n in enumerate(index)]
+    for view, index in zip(views, indices):
         rows = [{"title": "Predicted", "planes": _draw_planes(scene, index, dose)}]
         if reference is not None:
             rows.append({"title": "Reference", "planes": _draw_planes(scene, index, reference)})
@@ -103,6 +104,11 @@ def _to_lps(case: Case) -> tuple[tuple[int, ...], list[bool]]:
         axes.append(axis)
         left.remove(axis)
     return tuple(axes), [bool(direction[world, axis] < 0) for world, axis in enumerate(axes)]
+
+
+def _cuts(mask: np.ndarray, planes: Collection[tuple[int, int]]) -> dict[tuple[int, int], np.ndarray]:
+    """The mask on planes ``(axis, index)``, so that only one structure's whole mask is held at a time."""
+    return {(axis, n): mask.take(n, axis=axis) for axis, n in planes}
 
 
 def _padded(box, margin_mm: float, spacing_mm: np.ndarray, shape: Sequence[int]) -> tuple[slice, ...]:
@@ -134,9 +140,11 @@ def _draw_plane(scene: _Scene, plane: str, index: Sequence[int], dose: np.ndarra
     box = _plane_box(scene, cut, index)
     where = tuple(index[cut] if axis == cut else box[axis] for axis in range(3))
 
+    def upright(part: np.ndarray) -> np.ndarray:
+        return part.T[::-1] if upwards else part.T  # the first row is the picture's top
+
     def sliced(array: np.ndarray) -> np.ndarray:
-        rows = np.asarray(array[where]).T
-        return rows[::-1] if upwards else rows  # the first row is the picture's top
+        return upright(np.asarray(array[where]))
 
     size_mm = [(box[a].stop - box[a].start) * scene.spacing_mm[a] for a in (across, down)]
     width = round(min(WIDTH_PX, MAX_HEIGHT_PX * size_mm[0] / size_mm[1]))
@@ -153,8 +161,8 @@ def _draw_plane(scene: _Scene, plane: str, index: Sequence[int], dose: np.ndarra
     if minus is None:
         for share, line_colour in ISODOSE_LINES.items():
             lines.append((_contour_px(shown, share * scene.prescription_gy, size_px), line_colour, 1.3, "solid"))
-    for mask, line_colour in scene.structures.values():
-        part = sliced(mask)
+    for cuts, line_colour in scene.structures:
+        part = upright(cuts[cut, index[cut]][box[min(across, down)], box[max(across, down)]])
         if part.any():
             lines.append((_contour_px(part.astype(np.float32), 0.5, size_px), line_colour, 1.0, (0, (3, 1.5))))
     cross = [index[a] - box[a].start + 0.5 for a in (across, down)]

@@ -146,7 +146,7 @@ def _find(structure: str, case: Case) -> Region | None:
 
 def _region(name: str, mask: np.ndarray, prescription_gy: float) -> Region | None:
     box = bounding_box(mask)
-    return None if box is None else Region(name, box, mask[box], prescription_gy)
+    return None if box is None else Region(name, box, mask[box].copy(), prescription_gy)  # not a view of the whole
 
 
 def _target_level(structure: str, case: Case) -> Region | None:
