@@ -76,9 +76,11 @@ test: $(STAMP)  ## all tests but those marked slow
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # Model Zoo. SCHEMA: a copy of the zoo's metadata schema; ONLINE=1: may ask the package index; ZOO: a checkout of the
-# zoo, whose own verifier is then run too; RELEASE_VENV: where the environment for the trial run is made, and kept.
+# zoo, whose own verifier is then run too; RELEASE_VENV: where the environment for the trial run is made, and kept;
+# RELEASE_PYTHON: its interpreter, by default that of the project.
 SCHEMA ?= ../shared/zoo/meta_schema_20240725.json
 RELEASE_VENV ?= .venv-release
+RELEASE_PYTHON ?= $(abspath $(BIN))/python
 RELEASE_TOOLS := $(STAMP)-release
 ZOO_OPTIONS = --schema $(SCHEMA) $(if $(ONLINE),--online) $(if $(ZOO),--zoo $(ZOO))
 
@@ -95,7 +97,7 @@ verify: $(RELEASE_TOOLS)  ## the Model Zoo's checks of the bundle (SCHEMA=FILE O
 	$(BIN)/python -m custom.release verify $(ZOO_OPTIONS)
 
 release: $(RELEASE_TOOLS)  ## dist/<name>_v<version> and its zip, checked, and tried in an environment of its own
-	$(BIN)/python -m custom.release release $(ZOO_OPTIONS) --environment $(RELEASE_VENV)
+	$(BIN)/python -m custom.release release $(ZOO_OPTIONS) --environment $(RELEASE_VENV) --python $(RELEASE_PYTHON)
 
 dockerfile: $(RELEASE_TOOLS)  ## lint the Dockerfile
 	$(BIN)/hadolint Dockerfile

@@ -70,7 +70,8 @@ RUN_BY = {
         "test_experiments.py::test_training_from_an_argument_file_draws_pictures_and_is_tracked",
     r"make dockerfile": "test_experiments.py::test_linter_accepts_the_dockerfile",
     # model_zoo.md
-    r"make release": "test_release.py::test_release_predicts_from_its_zip_in_an_empty_environment",
+    r"make (RELEASE_PYTHON=\S+ )?release":
+        "test_release.py::test_release_predicts_from_its_zip_in_an_empty_environment",
     r"make verify": "test_verify.py::test_make_verify_passes",
     r"make metadata": "test_release.py::test_metadata_in_the_repository_is_up_to_date",
     r"PY -m monai\.bundle ckpt_export": "test_verify.py::test_monai_loads_traces_and_accepts_the_bundle",

@@ -139,6 +139,12 @@ def test_a_dose_that_makes_no_sense_is_refused():
             trial._judged(report(mean_gy))
 
 
+def test_an_interpreter_that_is_not_there_is_named(tmp_path):
+    metadata = read_json(ROOT / "bundle" / "configs" / "metadata.json")
+    with pytest.raises(CaseError, match="no_such_python makes no virtual environment"):
+        trial.make_environment(tmp_path / "venv", metadata, "no_such_python")
+
+
 def test_an_environment_that_knows_the_repository_is_refused(tmp_path):
     archive, python = tmp_path / "b.zip", tmp_path / "python"
     with zipfile.ZipFile(archive, "w") as packed:
@@ -151,10 +157,13 @@ def test_an_environment_that_knows_the_repository_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_release_predicts_from_its_zip_in_an_empty_environment(archive):
-    """With the packages that metadata.json names and no others; ``$RELEASE_VENV`` keeps the environment."""
+    """With the packages that metadata.json names and no others; ``$RELEASE_VENV`` keeps the environment.
+
+    ``$RELEASE_PYTHON`` names its interpreter, such as the zoo's python3.10.
+    """
     metadata = read_json(ROOT / "bundle" / "configs" / "metadata.json")
     folder = Path(os.environ.get("RELEASE_VENV") or ROOT / ".venv-release")
-    python = trial.make_environment(folder, metadata)
+    python = trial.make_environment(folder, metadata, os.environ.get("RELEASE_PYTHON") or sys.executable)
     listed = subprocess.run([str(python), "-m", "pip", "list", "--format", "json"], capture_output=True, text=True)
     installed = {row["name"].lower().replace("_", "-") for row in json.loads(listed.stdout)}
     assert not installed & {"rt-ct-dose-prediction", "pytest", "jsonschema", "simpleitk"}

@@ -51,7 +51,7 @@ def run_release(options: argparse.Namespace) -> int:
     if _checked(bundle, options):
         return 1
     archive = pack(bundle)
-    python = make_environment(options.environment, read_json(bundle / "configs" / "metadata.json"))
+    python = make_environment(options.environment, read_json(bundle / "configs" / "metadata.json"), options.python)
     logger.info("predicted from the zip with %s: %s", python, try_out(archive, python))
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     logger.info("%s  %.1f MB, SHA-256 %s", archive, archive.stat().st_size / 1e6, digest)
@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         else:
             command.add_argument("--dist", type=Path, default=Path("dist"), help="folder for the release")
             command.add_argument("--environment", type=Path, default=Path(".venv-release"), help="for the trial run")
+            command.add_argument("--python", default=sys.executable, help="interpreter of that environment")
     return parser
 
 

@@ -6,8 +6,8 @@ import hashlib
 import logging
 import os
 import subprocess
+import sys
 import tempfile
-import venv
 import zipfile
 from pathlib import Path
 
@@ -24,26 +24,31 @@ SHAPE = ("48", "48", "24")  # a coarse patient: what is tried is the release, no
 COVERAGE = (0.7, 1.3)  # mean dose of the highest target, shares of its prescription, in which a prediction makes sense
 
 
-def make_environment(folder: Path, metadata: dict) -> Path:
+def make_environment(folder: Path, metadata: dict, interpreter: str = sys.executable) -> Path:
     """A virtual environment with exactly the packages that the metadata names, and what they pull in.
 
     Args:
         folder: made when missing; taken as it is when it was made for the same packages.
         metadata: of the bundle.
+        interpreter: the Python to make it with, such as the zoo's ``python3.10``.
 
     Returns:
         Its Python.
 
     Raises:
-        CaseError: pip cannot install them.
+        CaseError: there is no such interpreter, or pip cannot install them.
     """
     pins = requirements(metadata)
-    stamp = folder / f".installed-{hashlib.sha256(' '.join(pins).encode()).hexdigest()[:12]}"
+    stamp = folder / f".installed-{hashlib.sha256(' '.join([interpreter, *pins]).encode()).hexdigest()[:12]}"
     python = folder / "bin" / "python"
     if stamp.is_file():
         return python.absolute()
     logger.info("making the environment %s with %s (minutes, network needed)", folder, ", ".join(pins))
-    venv.create(folder, with_pip=True, clear=True)
+    try:
+        subprocess.run([interpreter, "-m", "venv", "--clear", str(folder)], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise CaseError(f"release: {interpreter} makes no virtual environment: {getattr(error, 'stderr', error)}; "
+                        "name a Python 3.10 to 3.12") from error
     done = subprocess.run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *pins],
                           capture_output=True, text=True)
     if done.returncode:
