@@ -82,7 +82,7 @@ def _with_folders(path: Path, depth: int) -> str:
 
 
 def split_cases(dataset_dir: str | Path, part: str, validation_share: float = 0.15,
-                limit: int | None = None) -> list[dict[str, str]]:
+                limit: int | None = None, extra_dirs: Sequence[str | Path] = ()) -> list[dict[str, str]]:
     """Cases of one part, as ``{"image": path}``.
 
     OpenKBP's own folders ``train-pats`` and ``validation-pats`` decide where they are found; elsewhere a hash of the
@@ -91,12 +91,14 @@ def split_cases(dataset_dir: str | Path, part: str, validation_share: float = 0.
     Args:
         part: ``"train"`` or ``"validation"``.
         validation_share: share of validation cases where the folders do not tell.
-        limit: at most so many cases.
+        limit: at most so many cases, before the extra ones.
+        extra_dirs: folders whose cases all join the training, such as synthetic ones; none joins the validation.
 
     Raises:
         CaseError: the part is empty.
     """
     cases = find_cases(dataset_dir)
+    extra = [path for folder in extra_dirs for path in find_cases(folder)] if part == "train" else []
     folders = {f"{name}-pats" for name in ("train", "validation")}
     told = [path for path in cases if folders & set(path.parts)]
     if told:
@@ -107,7 +109,7 @@ def split_cases(dataset_dir: str | Path, part: str, validation_share: float = 0.
     if not chosen:
         raise CaseError(f"{dataset_dir}: found {len(cases)} cases but none for {part}; expected folders train-pats and "
                         "validation-pats, or enough cases to split")
-    return [{Keys.IMAGE: str(path)} for path in chosen[:limit]]
+    return [{Keys.IMAGE: str(path)} for path in (*chosen[:limit], *extra)]
 
 
 def prepare(datasets: Sequence, num_workers: int = 2) -> None:

@@ -34,6 +34,14 @@ def test_openkbps_folders_decide(tmp_path):
     assert all(set(case) == {"image"} and Path(case["image"]).is_dir() for case in list_cases(tmp_path))
 
 
+def test_extra_folders_join_the_training_alone(tmp_path):
+    openkbp(tmp_path / "real", "train-pats/pt_1", "validation-pats/pt_201")
+    openkbp(tmp_path / "synthetic", "lung_1", "lung_2")
+    extra = {"extra_dirs": [tmp_path / "synthetic"]}
+    assert names(split_cases(tmp_path / "real", "train", limit=1, **extra)) == ["pt_1", "lung_1", "lung_2"]
+    assert names(split_cases(tmp_path / "real", "validation", **extra)) == ["pt_201"]
+
+
 def test_hash_splits_without_overlap_and_stays_when_cases_are_added(tmp_path):
     openkbp(tmp_path, *(f"case_{n:03d}" for n in range(60)))
     train, validation = (set(names(split_cases(tmp_path, part))) for part in ("train", "validation"))
