@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from monai.apps import extractall
 
 from custom.case import CaseError
 from custom.phantom import make_case, write_study
@@ -191,13 +192,11 @@ def test_the_pages_python_loads_the_network_and_runs_the_workflow_to_its_end(arc
 @pytest.mark.slow
 def test_monai_downloads_and_loads_the_zip_by_name(archive, tmp_path):
     """`python -m monai.bundle download` unpacks it where `monai.bundle.load` finds it."""
-    shutil.copy(archive, tmp_path)
-    script = ("import sys, monai.bundle; from monai.apps import extractall; "
-              "extractall(sys.argv[1], sys.argv[2], has_base=True); "
-              f"n = monai.bundle.load('{NAME}', bundle_dir=sys.argv[2], workflow_type='inference'); "
-              "print(type(n).__module__, sum(p.numel() for p in n.parameters()) > 1e6)")
-    (tmp_path / "models").mkdir()
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / archive.name), str(tmp_path / "models")],
-                          cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "models" / NAME)},
-                          capture_output=True, text=True)
-    assert done.stdout.strip().endswith("custom.networks.addiff_dose True"), done.stderr[-2000:]
+    extractall(str(archive), str(tmp_path / "models"), has_base=True)  # as `download` does
+    script = (f"import custom, monai.bundle; n = monai.bundle.load('{NAME}', bundle_dir='models', "
+              "workflow_type='inference'); "
+              "print(custom.__file__, type(n).__module__, sum(p.numel() for p in n.parameters()) > 1e6)")
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path / "models" / NAME)})
+    wanted = f"{tmp_path}/models/{NAME}/custom/__init__.py custom.networks.addiff_dose True"
+    assert done.stdout.strip().endswith(wanted), done.stdout[-500:] + done.stderr[-2000:]
