@@ -62,6 +62,7 @@ def make_report(
     warnings: Sequence[str] = (),
     constraints: Sequence[Constraint] | None = None,
     model: Mapping[str, Any] | None = None,
+    gamma: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Measure a dose.
 
@@ -71,7 +72,9 @@ def make_report(
         dose_std_gy: standard deviation of the prediction over its samples, ``[i, j, k]``.
         warnings: what the user should know before trusting the dose.
         constraints: the protocol; by default the bundle's ``constraints.json``.
-        model: JSON-able facts about how the dose was made (name, version, steps, seed, ...).
+        model: JSON-able facts about how the dose was made, see :func:`custom.report_model.model_facts`.
+        gamma: pass rates against the reference dose, each with its criterion (``dose_percent``, ``distance_mm``,
+            ``is_local``, ``cutoff_percent``, ``pass_percent``); they take long, so they are not measured here.
 
     Returns:
         A record of plain JSON types; nan stands for *not applicable* (null in the file).
@@ -109,7 +112,7 @@ def make_report(
         "indices": [_indices(region, case, doses) for region in found if region.name in case.prescription_gy],
         "constraints": _protocol(verdicts),
         "constraints_met_percent": {key: compliance(v) for key, v in verdicts.items()},
-        "comparison": _comparison(case, dose_gy),
+        "comparison": _comparison(case, dose_gy, gamma),
         "uncertainty": _uncertainty(case, dose_std_gy),
         "views": _views(case, dose_gy, verdicts["predicted"]),
     }
@@ -271,7 +274,7 @@ def _relative_margin(row: Mapping[str, Any]) -> float:
     return 0.0 if math.isnan(margin) else margin
 
 
-def _comparison(case: Case, dose_gy: np.ndarray) -> dict[str, Any] | None:
+def _comparison(case: Case, dose_gy: np.ndarray, gamma: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """How far the dose is from the reference, or None without one."""
     if case.dose_gy is None:
         return None
@@ -290,6 +293,7 @@ def _comparison(case: Case, dose_gy: np.ndarray) -> dict[str, Any] | None:
             {"percent": 100 * share, "dose_gy": gy, "dice": float(d), "hd95_mm": float(h)}
             for share, gy, d, h in zip(ISODOSE_LEVELS, levels_gy, dice, hd95)
         ],
+        "gamma": [dict(row) for row in gamma],
     }
 
 

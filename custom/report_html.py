@@ -220,6 +220,12 @@ def _comparison(record: Mapping[str, Any]) -> str:
         f"<td>{_number(row['hd95_mm'], 'mm')}</td></tr>"
         for row in own["isodoses"]
     )
+    for row in own["gamma"]:
+        kind = "local" if row["is_local"] else "global"
+        text += (
+            f"<p>Gamma {row['dose_percent']:g} %/{row['distance_mm']:g} mm, {kind}, above {row['cutoff_percent']:g} % "
+            f"of the maximum: {_number(row['pass_percent'], '%')} % of the voxels pass.</p>"
+        )
     return text + _table("<th>Isodose</th><th>Dose, Gy</th><th>Dice</th><th>HD95, mm</th>", body)
 
 
@@ -233,9 +239,19 @@ def _provenance(record: Mapping[str, Any]) -> str:
     }
     if record["uncertainty"]:
         facts["Spread of the samples"] = f"{record['uncertainty']['mean_std_in_body_gy']:.2f} Gy on average in the body"
-    facts |= {escape(str(key)): escape(str(value)) for key, value in record["model"].items()}
+    facts |= {_label(key): _fact(value) for key, value in record["model"].items()}
     rows = "".join(f"<dt>{key}</dt><dd>{value}</dd>" for key, value in facts.items())
     return f"<dl>{rows}</dl><p class=hint>{escape(record['banner'])}</p>"
+
+
+def _label(key: str) -> str:
+    """``"num_samples"`` -> ``"Samples"``; what a program calls ``name`` is the model's."""
+    return {"name": "Model", "num_inference_steps": "Sampling steps", "num_samples": "Samples",
+            "weights_sha256": "SHA-256 of the weights"}.get(key, escape(key.replace("_", " ").capitalize()))
+
+
+def _fact(value: Any) -> str:
+    return "none" if value is None or value == [] else escape(str(value))
 
 
 STYLE = """

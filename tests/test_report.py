@@ -1,6 +1,7 @@
 """The report's record and its page, on a small case whose numbers are known."""
 
 import base64
+import hashlib
 import io
 import json
 import re
@@ -13,7 +14,8 @@ from PIL import Image
 from custom.case import BODY, Beam, Case, CaseError, Grid
 from custom.dosimetry.constraints import load_constraints
 from custom.report import BANNER, make_report, write_report
-from custom.report_html import _margin
+from custom.report_html import _margin, render_html
+from custom.report_model import UNKNOWN_TRAINING, model_facts
 from custom.report_pictures import draw_views
 
 
@@ -152,3 +154,50 @@ def test_bad_doses_are_refused(case, dose):
     (-0.004, "&minus;0.004"), (-0.66, "&minus;0.66"), (0.0, "0.00"), (3.5, "+3.50"), (None, "")])
 def test_a_narrow_miss_is_told_from_a_limit_just_met(margin, text):
     assert _margin(margin, "Gy") == text
+
+
+def test_gamma_stands_with_the_comparison(case, dose):
+    row = {"dose_percent": 2.0, "distance_mm": 2.0, "is_local": True, "cutoff_percent": 10.0, "pass_percent": 97.25}
+    record = make_report(case, dose, gamma=[row])
+    assert record["comparison"]["gamma"] == [row]
+    assert "Gamma 2 %/2 mm, local, above 10 % of the maximum: 97.2 % of the voxels pass." in render_html(record, [])
+    assert make_report(case, dose)["comparison"]["gamma"] == []
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    """A bundle whose list of sums names its weights."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "models").mkdir()
+    metadata = {"name": "Doses", "version": "1.2.3", "data_source": "Some data", "intended_use": "Research only"}
+    (tmp_path / "configs" / "metadata.json").write_text(json.dumps(metadata))
+    weights = tmp_path / "models" / "model.pt"
+    weights.write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    (tmp_path / "models" / "model.pt.sha256").write_text(f"{digest}  model.pt\n")
+    return tmp_path, weights, digest
+
+
+def test_the_model_is_named_by_version_sum_and_training(bundle):
+    root, weights, digest = bundle
+    trained_on = {"sites": ["HeadNeck"], "prescription_gy": [69, 71], "directions": [9, 9], "target_cc": [50, 2400]}
+    facts = model_facts(root, weights, trained_on, {"seed": 0})
+    assert facts == {
+        "name": "Doses", "version": "1.2.3", "weights": "model.pt", "weights_sha256": digest, "seed": 0,
+        "training": "Some data; its range: sites HeadNeck; prescription 69 to 71 Gy; directions 9; "
+                    "target 50 to 2400 cc",
+        "intended_use": "Research only",
+    }
+    weights.write_bytes(b"somebody's own")  # the training is not that of other weights
+    other = model_facts(root, weights, trained_on, {})
+    assert other["training"] == UNKNOWN_TRAINING and other["weights_sha256"] not in (None, digest)
+    assert model_facts(root, "nowhere.pt", trained_on, {})["weights_sha256"] is None
+
+
+def test_the_page_names_the_model(case, dose, bundle):
+    root, weights, digest = bundle
+    record = make_report(case, dose, model=model_facts(root, weights, {}, {"num_samples": 4, "flips": []}))
+    page = render_html(record, [])
+    for text in ("<dt>Model</dt><dd>Doses</dd>", f"<dt>SHA-256 of the weights</dt><dd>{digest}</dd>",
+                 "<dt>Samples</dt><dd>4</dd>", "<dt>Flips</dt><dd>none</dd>", "<dt>Training</dt><dd>Some data"):
+        assert text in page

@@ -2,12 +2,68 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
 from custom.case import CaseError, Grid
 from custom.dosimetry.regions import bounding_box
 
-__all__ = ["gamma_pass_percent"]
+__all__ = ["GammaCriterion", "gamma_pass_percent", "parse_criteria"]
+
+CUTOFF_PERCENT = 10.0
+MISSING = "gamma: pymedphys is not installed; pip install 'rt-ct-dose-prediction[gamma]'"
+_CRITERION = re.compile(r"^(\d+(?:\.\d+)?)%/(\d+(?:\.\d+)?)mm(?: (global|local))?$")
+
+
+@dataclass(frozen=True)
+class GammaCriterion:
+    """What counts as agreement.
+
+    Args:
+        dose_percent: of the reference's maximum, or where ``is_local`` of each voxel's reference dose.
+        distance_mm: distance to agreement.
+        is_local: see above.
+    """
+
+    dose_percent: float
+    distance_mm: float
+    is_local: bool = False
+
+    @property
+    def name(self) -> str:
+        """As the table of the evaluation names it: ``gamma_3percent_3mm_global_pass_percent``."""
+        kind = "local" if self.is_local else "global"
+        return f"gamma_{self.dose_percent:g}percent_{self.distance_mm:g}mm_{kind}_pass_percent"
+
+    def pass_percent(self, dose_gy: np.ndarray, reference_gy: np.ndarray, grid: Grid, body: np.ndarray) -> float:
+        """:func:`gamma_pass_percent` by this criterion."""
+        return gamma_pass_percent(dose_gy, reference_gy, grid, body, dose_percent=self.dose_percent,
+                                  distance_mm=self.distance_mm, is_local=self.is_local)
+
+
+def parse_criteria(texts: Sequence[str]) -> tuple[GammaCriterion, ...]:
+    """Read ``"3%/3mm"`` (global) and ``"2%/2mm local"``.
+
+    Raises:
+        CaseError: another text, or pymedphys is not installed and there is a criterion.
+    """
+    if isinstance(texts, str):
+        texts = [texts]
+    if texts and not _is_installed():
+        raise CaseError(MISSING)
+    matches = [_CRITERION.match(text) for text in texts]
+    if None in matches:
+        raise CaseError(f"gamma: criterion {texts[matches.index(None)]!r}; expected a text like '3%/3mm' or "
+                        "'2%/2mm local'")
+    return tuple(GammaCriterion(float(m[1]), float(m[2]), m[3] == "local") for m in matches)
+
+
+def _is_installed() -> bool:
+    return importlib.util.find_spec("pymedphys") is not None
 
 
 def gamma_pass_percent(
@@ -20,7 +76,7 @@ def gamma_pass_percent(
     distance_mm: float = 3.0,
     is_local: bool = False,
     normalise_gy: float | None = None,
-    cutoff_percent: float = 10.0,
+    cutoff_percent: float = CUTOFF_PERCENT,
 ) -> float:
     """Share of the voxels whose gamma is at most 1, in percent (Low et al., Med Phys 25, 1998).
 
@@ -47,8 +103,7 @@ def gamma_pass_percent(
     try:
         import pymedphys  # optional, and slow to load
     except ImportError as error:
-        message = "gamma: pymedphys is not installed; pip install 'rt-ct-dose-prediction[gamma]'"
-        raise CaseError(message) from error
+        raise CaseError(MISSING) from error
     top_gy = float(reference_gy.max()) if normalise_gy is None else float(normalise_gy)
     counted = body & (reference_gy >= cutoff_percent / 100 * top_gy)
     box = bounding_box(counted)

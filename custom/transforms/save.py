@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from scipy import ndimage
 
 from custom.case import Case, CaseError, DoseScale, Grid, Keys, OutputError, resample
 from custom.dosimetry.constraints import load_constraints
+from custom.dosimetry.gamma import CUTOFF_PERCENT, parse_criteria
 from custom.io.nifti import write_nifti
 from custom.io.openkbp import write_dose_csv
 from custom.io.rtdose import write_rtdose
@@ -87,11 +88,14 @@ class CaseMetricsd(MapTransform):
         keys: key of the dose.
         constraints: the protocol whose compliance is measured, of the dose and of the reference; None takes the
             bundle's ``constraints.json``.
+        gamma_criteria: pass rates to measure too, as ``"3%/3mm"`` or ``"2%/2mm local"``; they want the extra ``gamma``
+            and take seconds to minutes a case. For the report they go to ``data["gamma"]`` as well.
     """
 
-    def __init__(self, keys: KeysCollection = Keys.PRED, constraints: str | Path | None = None) -> None:
+    def __init__(self, keys: KeysCollection = Keys.PRED, constraints: str | Path | None = None,
+                 gamma_criteria: Sequence[str] = ()) -> None:
         super().__init__(keys)
-        self.constraints = load_constraints(constraints)
+        self.constraints, self.gamma_criteria = load_constraints(constraints), parse_criteria(gamma_criteria)
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
         out = dict(data)
@@ -100,7 +104,13 @@ class CaseMetricsd(MapTransform):
             if case.dose_gy is None:
                 raise CaseError(f"case {case.name}: evaluation needs a reference dose (RTDOSE, dose.csv or 'dose' in "
                                 f"the npz); found none in {case.source.get('path')}")
-            out["metrics"] = {"case": case.name, **case_metrics(case, out[key][0].numpy(), self.constraints)}
+            dose_gy = out[key][0].numpy()
+            out["metrics"] = {"case": case.name, **case_metrics(case, dose_gy, self.constraints)}
+            out["gamma"] = []
+            for criterion in self.gamma_criteria:
+                percent = criterion.pass_percent(dose_gy, case.dose_gy, case.grid, case.body)
+                out["metrics"][criterion.name] = percent
+                out["gamma"].append({**asdict(criterion), "cutoff_percent": CUTOFF_PERCENT, "pass_percent": percent})
         return out
 
 
@@ -136,10 +146,11 @@ class SaveImageRTDosed(SaveImaged):
             std = data.get(Keys.STD)
             with whole_folder(self.output_dir / case.name) as folder:
                 self._write(folder, case, dose_gy, None if std is None else std[0].numpy(),
-                            data.get("warnings", ()))
+                            data.get("warnings", ()), data.get("gamma", ()))
         return dict(data)
 
-    def _write(self, folder: Path, case: Case, dose_gy: np.ndarray, std_gy: np.ndarray | None, warnings) -> None:
+    def _write(self, folder: Path, case: Case, dose_gy: np.ndarray, std_gy: np.ndarray | None, warnings,
+               gamma) -> None:
         grid = self._grid(case)
         on_grid = dose_gy if grid is case.grid else resample(dose_gy, case.grid, grid)
         source_format = case.source.get("format")
@@ -154,7 +165,7 @@ class SaveImageRTDosed(SaveImaged):
             write_dose_csv(folder / "dose.csv", dose_gy, case.body)
         if "report" in self.files:
             record = make_report(case, dose_gy, dose_std_gy=std_gy, warnings=warnings, model=self.model,
-                                 constraints=self.constraints)
+                                 constraints=self.constraints, gamma=gamma)
             write_report(record, case, dose_gy, folder)
 
     def _grid(self, case: Case) -> Grid:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from custom.case import CaseError, Grid
-from custom.dosimetry.gamma import gamma_pass_percent
+from custom.dosimetry.gamma import GammaCriterion, gamma_pass_percent, parse_criteria
 
 GRID = Grid.axis_aligned((16, 14, 12), (2.0, 2.0, 3.0))
 BODY = np.ones(GRID.shape, bool)
@@ -22,6 +22,24 @@ def test_without_pymedphys_the_extra_is_named(monkeypatch):
 def test_shapes_that_do_not_fit():
     with pytest.raises(CaseError, match="shape"):
         gamma_pass_percent(RAMP[1:], RAMP, GRID, BODY)
+
+
+def test_criteria_are_read(monkeypatch):
+    monkeypatch.setattr("custom.dosimetry.gamma._is_installed", lambda: True)
+    assert parse_criteria(["3%/3mm", "2%/1.5mm local", "1%/1mm global"]) == (
+        GammaCriterion(3, 3), GammaCriterion(2, 1.5, is_local=True), GammaCriterion(1, 1))
+    assert parse_criteria("3%/3mm") == (GammaCriterion(3, 3),)
+    assert parse_criteria(["2%/1.5mm local"])[0].name == "gamma_2percent_1.5mm_local_pass_percent"
+    for text in ("3/3", "3%/3mm localy", "3mm/3%"):
+        with pytest.raises(CaseError, match=f"'{text}'.*'3%/3mm'"):
+            parse_criteria([text])
+
+
+def test_a_criterion_without_the_extra_is_told_before_anything_is_predicted(monkeypatch):
+    monkeypatch.setattr("custom.dosimetry.gamma._is_installed", lambda: False)
+    assert parse_criteria([]) == ()
+    with pytest.raises(CaseError, match=r"\[gamma\]"):
+        parse_criteria(["3%/3mm"])
 
 
 class TestWithPymedphys:

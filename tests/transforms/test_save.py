@@ -243,3 +243,16 @@ def test_calibrated_error_bar(case, calibration, expected_gy):
     np.testing.assert_allclose(std[case.body], expected_gy, rtol=1e-4)
     assert not std[~case.body].any()
     np.testing.assert_allclose(np.asarray(out["pred"])[0][case.body], 60.0, rtol=1e-4)
+
+
+def test_gamma_goes_to_the_metrics_and_to_the_report(data, tmp_path, monkeypatch):
+    """With its criterion; the rate itself is another test's (tests/dosimetry/test_gamma.py)."""
+    monkeypatch.setattr("custom.dosimetry.gamma._is_installed", lambda: True)
+    monkeypatch.setattr("custom.dosimetry.gamma.gamma_pass_percent", lambda *_, **how: 90 + how["distance_mm"])
+    data = CaseMetricsd(gamma_criteria=["3%/3mm", "2%/2mm local"])(data)
+    assert data["metrics"]["gamma_3percent_3mm_global_pass_percent"] == 93
+    assert data["metrics"]["gamma_2percent_2mm_local_pass_percent"] == 92
+    SaveImageRTDosed(output_dir=tmp_path, files=["report"])(data)
+    rows = json.loads((tmp_path / data["case"].name / "report.json").read_text())["comparison"]["gamma"]
+    assert [(row["pass_percent"], row["is_local"], row["cutoff_percent"]) for row in rows] == [
+        (93, False, 10), (92, True, 10)]
