@@ -37,7 +37,7 @@ def deploy(study: Path, out: Path, *, app: Path = ROOT / "apps" / "deploy", mode
     out.mkdir(exist_ok=True)
     env = {**os.environ, "PYTHONPATH": str(code), "DOSE_OPTIONS": json.dumps(options) if options else ""}
     command = [str(PYTHON), str(app), "-i", str(study), "-o", str(out), "-m", str(model)]
-    return subprocess.run(command, cwd=out, env=env, capture_output=True, text=True, timeout=900)
+    return subprocess.run(command, cwd=out, env=env, capture_output=True, text=True, timeout=3600)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_writes_the_dose_that_the_runner_writes(deployed, study, tmp_path):
     config = ROOT / "bundle" / "configs" / "inference.json"
     command = [sys.executable, "-m", "monai.bundle", "run", "inference", "--config_file", str(config),
                "--dataset_dir", str(study), "--output_dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stderr[-3000:]
     (expected,) = tmp_path.iterdir()
     assert sorted(path.name for path in deployed.iterdir()) == sorted(path.name for path in expected.iterdir())
@@ -113,7 +113,7 @@ def test_an_unknown_option_is_refused(study, tmp_path):
 def test_the_package_folder_runs_by_itself(study, tmp_path, deployed):
     """What the packager puts into a container: its own code, and the models folder with the bundle one level down."""
     done = subprocess.run([str(PYTHON), str(ROOT / "apps" / "deploy" / "make_package.py"), str(tmp_path / "map")],
-                          capture_output=True, text=True, timeout=120)
+                          capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     app = tmp_path / "map" / "app"
     (app / "custom" / "seen.py").write_text("")
@@ -132,7 +132,7 @@ def test_the_packager_takes_the_folders_as_far_as_docker(tmp_path):
     That an image is built and runs is not tested here.
     """
     subprocess.run([str(PYTHON), str(ROOT / "apps" / "deploy" / "make_package.py"), str(tmp_path / "map")], check=True,
-                   capture_output=True, timeout=120)
+                   capture_output=True, timeout=900)
     docker = tmp_path / "bin" / "docker"
     docker.parent.mkdir()
     docker.write_text("#!/bin/sh\necho no docker here >&2\nexit 125\n")
@@ -140,13 +140,13 @@ def test_the_packager_takes_the_folders_as_far_as_docker(tmp_path):
     images = {kind: {"x64-workstation": "image"} for kind in ("igpu", "dgpu", "cpu")}
     listed = {"wheel-version": "1", "debian-version": "1", "base-images": images, "build-images": images}
     ask = "from importlib.metadata import version; print(version('holoscan-cu13'))"
-    version = subprocess.run([str(PYTHON), "-c", ask], capture_output=True, text=True, timeout=60).stdout.strip()
+    version = subprocess.run([str(PYTHON), "-c", ask], capture_output=True, text=True, timeout=600).stdout.strip()
     (tmp_path / "images.json").write_text(json.dumps({version: {"holoscan": listed}}))
     command = [str(PYTHON.with_name("monai-deploy")), "package", "map/app", "-c", "map/app/app.yaml", "-m",
                "map/models", "-t", "rt_ct_dose_prediction:0.1.0", "--platform", "x86_64", "--source", "images.json"]
     path = os.pathsep.join([str(docker.parent), str(PYTHON.parent), os.environ["PATH"]])
     done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True,
-                          timeout=300)
+                          timeout=1800)
     said = done.stdout + done.stderr
     assert "Detected application type: Python Module" in said and "Generating pkg.json" in said, said[-3000:]
     assert done.returncode != 0 and "no docker here" in said
