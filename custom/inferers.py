@@ -184,6 +184,10 @@ class DoseDiffusionInferer(Inferer):
         swap_channels: pairs of channel names that change places when axis 0 (left-right) is flipped.
         roi_size: window for volumes that do not fit; None predicts the whole volume at once.
         overlap_voxels: overlap of the windows.
+        prior_roi_size: window for the network's prior dose alone, such as the patch it was trained with: the statistics
+            of its instance norms are then those of training. None predicts it on the whole image, or on each window of
+            ``roi_size``. A volume shorter than the window is padded with zeros, as a patch is.
+        prior_overlap_voxels: overlap of these windows.
         sw_batch_size: windows a batch.
         autocast_dtype: ``"bfloat16"`` or ``"float16"`` to run the network in it; None for float32.
         progress: show a bar over the windows.
@@ -207,6 +211,8 @@ class DoseDiffusionInferer(Inferer):
         swap_channels: Sequence[Sequence[str]] = (),
         roi_size: Sequence[int] | None = None,
         overlap_voxels: Sequence[int] | int = 8,
+        prior_roi_size: Sequence[int] | None = None,
+        prior_overlap_voxels: Sequence[int] | int = 16,
         sw_batch_size: int = 1,
         autocast_dtype: str | None = None,
         progress: bool = False,
@@ -233,6 +239,11 @@ class DoseDiffusionInferer(Inferer):
         if roi_size is not None:
             self.window = LinearDecaySlidingWindowInferer(
                 roi_size, overlap_voxels, sw_batch_size=sw_batch_size, progress=progress
+            )
+        self.prior_window = None
+        if prior_roi_size is not None:
+            self.prior_window = LinearDecaySlidingWindowInferer(
+                prior_roi_size, prior_overlap_voxels, sw_batch_size=sw_batch_size
             )
         self.autocast_dtype = None if autocast_dtype is None else getattr(torch, autocast_dtype)
 
@@ -280,10 +291,13 @@ class DoseDiffusionInferer(Inferer):
         with torch.autocast(image.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
             protocols = None if self.guidance is None else self.guidance.protocols(image)
             if getattr(network, "denoiser", None) is None:
-                dose = network(image).float()
+                dose = (network(image) if self.prior_window is None else self.prior_window(image, network)).float()
                 dose = dose if protocols is None else self.guidance(dose, protocols)
                 return dose.expand(-1, self.num_samples, -1, -1, -1)
-            conditions = network.encode(image)
+            if self.prior_window is None or getattr(network, "prior", None) is None:
+                conditions = network.encode(image)
+            else:
+                conditions = network.encode(image, self.prior_window(image, network.predict_prior))
             guide = None if protocols is None else self._guide(network, conditions, protocols)
             doses = []
             for _ in range(self.num_samples):

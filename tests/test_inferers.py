@@ -139,6 +139,55 @@ def test_windows_reproduce_a_local_network():
     torch.testing.assert_close(inferer(image, Spatial()), Spatial()(image))
 
 
+class Shrinking(nn.Module):
+    """A prior that depends on all it sees, as instance norms do: the image less its mean; no residual is diffused."""
+
+    denoiser = None
+
+    def forward(self, image):
+        return image[:, :1] - image[:, :1].mean()
+
+
+
+class Corrected(IdealDenoiser):
+    """That prior, and a denoiser that knows the residual to be 0.25 everywhere."""
+
+    prior = "has one"
+
+    def __init__(self):
+        super().__init__(0.25, 0.0)
+
+    def predict_prior(self, image):
+        return Shrinking()(image)
+
+    def encode(self, image, prior=None):
+        return self.predict_prior(image) if prior is None else prior
+
+    def to_dose(self, x0, conditions):
+        return conditions + x0
+
+
+def test_prior_window_sees_patches_as_in_training():
+    image = torch.rand(1, 1, 12, 8, 5)
+    inferer = DoseDiffusionInferer(prior_roi_size=[8, 8, 8], prior_overlap_voxels=4)
+    padded = torch.nn.functional.pad(image, (1, 2))  # the short axis, in its middle
+    left, right = (Shrinking()(padded[:, :, part])[..., 1:-2] for part in (slice(0, 8), slice(4, 12)))
+    ramp = (torch.arange(1, 5) / 5).reshape(1, 1, 4, 1, 1)
+    expected = torch.cat([left[:, :, :4], left[:, :, 4:] * (1 - ramp) + right[:, :, :4] * ramp, right[:, :, 4:]], dim=2)
+    torch.testing.assert_close(inferer(image, Shrinking()), expected)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_windowed_prior_is_what_the_denoiser_corrects(steps):
+    image = torch.rand(1, 1, 12, 8, 8) + torch.arange(12.0).reshape(-1, 1, 1)  # windows differ in their mean
+    windowed = DoseDiffusionInferer(steps, prior_roi_size=[8, 8, 8], prior_overlap_voxels=4)
+    prior = windowed(image, Shrinking())
+    torch.testing.assert_close(windowed(image, Corrected()), prior + 0.25)
+    whole = DoseDiffusionInferer(steps)(image, Corrected())
+    torch.testing.assert_close(whole, Shrinking()(image) + 0.25)
+    assert float((whole - prior - 0.25).abs().max()) > 0.01
+
+
 def test_windows_blend_linearly():
     """Two windows that answer 0 and 1 meet in a straight ramp over the overlap."""
     answers = iter([0.0, 1.0])
