@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import numpy as np
 from scipy import stats
 
 from custom.case import CaseError
+from custom.whole import write_whole
 
 __all__ = ["Ablations", "table"]
 
@@ -72,11 +72,8 @@ class Ablations:
             raise CaseError(f"ablation {name!r} ended with exit code {code}; read {log}, and run again to go on")
 
     def _write(self, found: Mapping[str, Mapping]) -> None:
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        for name, content in (("ablations.json", json.dumps(found, indent=1)), ("ablations.md", table(found))):
-            part = self.output_dir / f".{name}.part"
-            part.write_text(content, encoding="utf-8")
-            os.replace(part, self.output_dir / name)
+        write_whole(self.output_dir / "ablations.json", json.dumps(found, indent=1))
+        write_whole(self.output_dir / "ablations.md", table(found))
         logger.info("\n%s", table(found))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from monai.networks.nets import BasicUNet
 from torch import Tensor, nn
 
 from custom.case import Keys
+from custom.whole import write_whole
 
 __all__ = ["Benchmark", "CascadeUNet", "table"]
 
@@ -74,10 +74,7 @@ class Benchmark:
         for row in rows:
             row["ratio_to_1_step"] = row["seconds"] / unit
         record = {"cases": len(cases), "threads": torch.get_num_threads(), "device": str(self.device), "stages": rows}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        os.replace(part, self.path)
+        write_whole(self.path, json.dumps(record, indent=1))
         logger.info("\n%s", table(rows))
         return rows
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from custom.comparison_figures import draw_doses, draw_dvhs
 from custom.comparison_table import compare, markdown, structure_errors
 from custom.io import read_case
 from custom.io.nifti import read_nifti
+from custom.whole import write_whole
 
 __all__ = ["Comparison"]
 
@@ -138,10 +138,7 @@ class Comparison:
         draw_dvhs(case, doses, self.output_dir / "dvhs.png")
 
     def _write(self, name: str, text: str) -> None:
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        part = self.output_dir / f".{name}.part"
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, self.output_dir / name)
+        write_whole(self.output_dir / name, text)
 
 
 def _without_nan(value: Any) -> Any:

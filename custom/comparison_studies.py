@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from custom.case import CaseError
 from custom.comparison_figures import draw_steps
+from custom.whole import write_whole
 
 __all__ = ["SEED_COLUMNS", "SeedSpread", "StepCurve"]
 
@@ -72,9 +72,7 @@ class SeedSpread:
                               "std": float(means.std(ddof=1)), "min": float(means.min()), "max": float(means.max())}
             logger.info("%-32s mean %.4f, variance over %d seeds %.2g", column, means.mean(), len(ways),
                         spread[column]["variance"])
-        part = self.folder / ".seed_spread.part"
-        part.write_text(json.dumps({"seeds": len(ways), "scores": spread}, indent=1), encoding="utf-8")
-        os.replace(part, self.folder / "seed_spread.json")
+        write_whole(self.folder / "seed_spread.json", json.dumps({"seeds": len(ways), "scores": spread}, indent=1))
         return spread
 
 

@@ -6,7 +6,6 @@ import csv
 import hashlib
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 from ignite import distributed as idist
 from ignite.engine import Engine, Events
-from ignite.handlers import Checkpoint, DiskSaver
+from ignite.handlers import Checkpoint
 from monai.data import list_data_collate
 from monai.engines import Evaluator, Trainer
 from monai.engines.utils import IterationEvents
@@ -22,6 +21,7 @@ from monai.utils import CommonKeys
 
 from custom.case import CaseError
 from custom.metrics import write_metrics
+from custom.whole import whole_file
 
 __all__ = [
     "Attached",
@@ -269,7 +269,7 @@ class Resume:
     def _save(self, engine: Engine, unfinished: int) -> None:
         state = {name: value.state_dict() for name, value in self.objects.items()}
         state["epochs"] = engine.state.epoch + unfinished
-        DiskSaver(str(self.path.parent), create_dir=True, require_empty=False)(state, self.path.name)
+        _save_whole(state, self.path)
 
 
 class EmaExport:
@@ -313,8 +313,7 @@ class EmaExport:
         value = float(engine.state.metrics[self.metric])
         if value < self.best:
             self.best, self.since = value, 0
-            saver = DiskSaver(str(self.path.parent), create_dir=True, require_empty=False)
-            saver({k: v.contiguous() for k, v in self.network.state_dict().items()}, self.path.name)
+            _save_whole({k: v.contiguous() for k, v in self.network.state_dict().items()}, self.path)
         else:
             self.since += 1
         logger.info("%s %.4f, best %.4f", self.metric, value, self.best)
@@ -392,11 +391,8 @@ class HistoryWriter:
         self.rows += [[self.epoch, minutes, str(name), float(f"{value:.6g}")] for name, value in values.items()]
         if idist.get_rank() > 0:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".part")
-        with partial.open("w", newline="") as stream:
+        with whole_file(self.path) as part, part.open("w", newline="") as stream:
             csv.writer(stream).writerows([["epoch", "minutes", "name", "value"], *self.rows])
-        os.replace(partial, self.path)
 
 
 class MetricsCollector:
@@ -435,6 +431,13 @@ class MetricsCollector:
         summary = write_metrics(self.rows, self.output_dir)
         logger.info("%d cases: dose score %.4f Gy, DVH score %.4f Gy; see %s", len(self.rows), summary["dose_score"],
                     summary["dvh_score"], self.output_dir / "metrics.json")
+
+
+def _save_whole(state: Mapping[str, object], path: Path) -> None:
+    """Save on the first of the processes, whole or not at all."""
+    if idist.get_rank() == 0:
+        with whole_file(path) as part:
+            torch.save(state, part)
 
 
 def _check_hash(path: Path) -> None:

@@ -10,7 +10,6 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from custom.dosimetry.dvh import parse_metric
 from custom.dosimetry.image_quality import similarity
 from custom.dosimetry.indices import conformity_paddick, homogeneity_icru83, isodose_dice, isodose_hausdorff95_mm
 from custom.dosimetry.structure_scores import structure_scores
+from custom.whole import write_whole
 
 __all__ = [
     "DoseScore",
@@ -208,12 +208,9 @@ def write_metrics(rows: Sequence[Mapping[str, Any]], out_dir: str | Path) -> dic
         table.writerow([row.get("case", number), *(_cell(row.get(name)) for name in names)])
     for statistic in ("mean", "std"):
         table.writerow([statistic, *(_cell(summary["metrics"][name][statistic]) for name in names)])
-    out_dir.mkdir(parents=True, exist_ok=True)
     encoded = json.dumps(_without_nan(summary), indent=1, allow_nan=False)
-    for name, content in (("metrics.csv", text.getvalue()), ("metrics.json", encoded)):
-        part = out_dir / f".{name}.part"
-        part.write_text(content, encoding="utf-8")
-        os.replace(part, out_dir / name)
+    write_whole(out_dir / "metrics.csv", text.getvalue())
+    write_whole(out_dir / "metrics.json", encoded)
     return summary
 
 

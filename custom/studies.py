@@ -6,16 +6,13 @@ reference dose and writes one table; ``bundle/configs/studies.json`` wires them.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import torch
@@ -27,6 +24,7 @@ from custom.dosimetry.dvh import parse_metric
 from custom.dosimetry.image_quality import fine_structure_ratio, psnr_db, ssim
 from custom.dosimetry.regions import regions
 from custom.metrics import case_metrics, openkbp_dvh, summarise
+from custom.whole import whole_file, write_whole
 
 __all__ = [
     "CachedScore",
@@ -138,12 +136,11 @@ class PredictionStudy:
     def _write(self, rows: Sequence[Mapping], summaries: Mapping[str, Mapping]) -> None:
         names = list(dict.fromkeys(name for row in rows for name in row))
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with _whole_file(self.path.with_suffix(".csv")) as stream:
+        with whole_file(self.path.with_suffix(".csv")) as part, part.open("w", newline="", encoding="utf-8") as stream:
             table = csv.DictWriter(stream, names, restval="")
             table.writeheader()
             table.writerows(rows)
-        with _whole_file(self.path.with_suffix(".json")) as stream:
-            json.dump(summaries, stream, indent=1)
+        write_whole(self.path.with_suffix(".json"), json.dumps(summaries, indent=1))
         for way, summary in summaries.items():
             logger.info("%-24s %s", way, "  ".join(f"{name} {summary[name]:.4g}" for name in
                                                    (*COLUMNS, *self.measured) if name in summary))
@@ -201,8 +198,7 @@ class CachedScore:
                     found[name].setdefault(key, []).extend(values)
         summary = {name: _summary(scores) for name, scores in found.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with _whole_file(self.path) as stream:
-            json.dump(summary, stream, indent=1)
+        write_whole(self.path, json.dumps(summary, indent=1))
         return summary
 
     def _case(self, number: int) -> Iterator[tuple[str, dict[str, Sequence[float]]]]:
@@ -331,8 +327,7 @@ class CalibrationStudy:
             "factors": {str(level): factor for level, factor in both.factors.items()},
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with _whole_file(self.path) as stream:
-            json.dump(record, stream, indent=1)
+        write_whole(self.path, json.dumps(record, indent=1))
         for row in record["reliability"]:
             logger.info("level %.2f: coverage %.3f uncalibrated, %.3f calibrated", *row.values())
         return record
@@ -351,15 +346,3 @@ class CalibrationStudy:
 
 def _normal_factor(level: float) -> float:
     return float(torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(0.5 + level / 2)))
-
-
-@contextlib.contextmanager
-def _whole_file(path: Path) -> Iterator[TextIO]:
-    """A text file that appears under its name only when the block ends without an error."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("w", newline="", encoding="utf-8") as stream:
-            yield stream
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

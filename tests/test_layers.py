@@ -13,7 +13,7 @@ MODULES = sorted(path for path in (ROOT / "custom").rglob("*.py"))
 # Rooms of the house, lowest first; a room imports only from lower ones. A module's room is the first part of its
 # name below ``custom``; the rooms in ``EXTENDED`` also stand for "report_*" and so on.
 LAYERS = (
-    {"case", "places"},
+    {"case", "places", "whole"},
     {"rois"},
     {"io", "geometry", "dosimetry", "physics", "networks"},
     {"losses", "metrics", "protocol", "report", "phantom"},
@@ -26,7 +26,7 @@ EXTENDED = ("report", "phantom", "inferers", "objectives", "comparison")
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 # Third-party packages and their homes: file formats live in io, and in the phantom that writes studies.
 HOMES = {"pydicom": {"io", "phantom"}, "rt_utils": {"io", "phantom"}, "nibabel": {"io"}}
-TORCH_FREE = {"case", "places", "rois", "io", "geometry", "dosimetry", "physics", "phantom"}
+TORCH_FREE = {"case", "places", "whole", "rois", "io", "geometry", "dosimetry", "physics", "phantom"}
 
 
 def room_of(parts: tuple[str, ...]) -> str:

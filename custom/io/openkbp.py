@@ -7,8 +7,6 @@ right -> left, superior -> inferior. The canonical array ``[i, j, k]`` (+left, +
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +23,7 @@ from custom.io.course import (
     technique_of,
 )
 from custom.rois import assign_rois
+from custom.whole import whole_file
 
 __all__ = ["SHAPE", "is_openkbp_folder", "read_openkbp", "write_dose_csv"]
 
@@ -116,16 +115,9 @@ def write_dose_csv(path: str | Path, dose_gy: np.ndarray, mask: np.ndarray) -> N
         raise CaseError(f"dose.csv: the dose has shape {dose_gy.shape}, the mask {mask.shape}; expected {SHAPE}")
     flat = _to_file_order(np.where(mask, dose_gy, 0)).ravel()
     index = np.flatnonzero(flat)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="ascii") as file:
-            file.write(",data\n")
-            file.writelines(f"{i},{v:.6g}\n" for i, v in zip(index.tolist(), flat[index].tolist()))
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with whole_file(path) as part, part.open("w", encoding="ascii") as file:
+        file.write(",data\n")
+        file.writelines(f"{i},{v:.6g}\n" for i, v in zip(index.tolist(), flat[index].tolist()))
 
 
 def _from_file_order(array: np.ndarray) -> np.ndarray:

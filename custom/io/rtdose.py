@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +17,7 @@ from pydicom.valuerep import format_number_as_ds
 from custom import __version__
 from custom.case import CaseError, Grid, resample
 from custom.io.dataset import check_bounds, numbers, read_dataset, reading
+from custom.whole import whole_file
 
 __all__ = ["PREDICTED", "RTDOSE_SOP_CLASS", "Dose", "combine_doses", "read_rtdose", "write_rtdose"]
 
@@ -347,16 +346,9 @@ def _ds(value: float) -> str:
 
 
 def _save_whole(ds: FileDataset, path: Path) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            if int(pydicom.__version_info__[0]) >= 3:
-                ds.save_as(file, enforce_file_format=True)
-            else:
-                ds.is_little_endian, ds.is_implicit_VR = True, False
-                ds.save_as(file, write_like_original=False)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with whole_file(path) as part, part.open("wb") as file:
+        if int(pydicom.__version_info__[0]) >= 3:
+            ds.save_as(file, enforce_file_format=True)
+        else:
+            ds.is_little_endian, ds.is_implicit_VR = True, False
+            ds.save_as(file, write_like_original=False)
