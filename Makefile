@@ -116,6 +116,23 @@ fuzz: $(STAMP)  ## damaged bytes for every reader (FUZZ_INPUTS=5000 files a read
 faults: $(STAMP)  ## kills, a full disk, bad weights, the memory of a large case (FAULT_KILLS=20, a quarter of an hour and more)
 	FAULT_KILLS=$(FAULT_KILLS) $(BIN)/python -m pytest -m slow tests/faults tests/bad_input
 
+# Python 3.10 with the oldest pydicom and numpy: the dose must be that of the newest. Its torch brings CUDA along (5 GB).
+SECOND_VENV ?= .venv-second
+SECOND_PYTHON ?= python3.10
+SECOND_STAMP = $(SECOND_VENV)/.installed-$(shell cat pyproject.toml | cksum | tr ' ' '-')
+
+.PHONY: second-env test-second
+
+second-env: $(SECOND_STAMP)  ## an environment with Python 3.10, pydicom 2.4 and numpy 1.26
+
+$(SECOND_STAMP):
+	[ -x $(SECOND_VENV)/bin/python ] || $(SECOND_PYTHON) -m venv $(SECOND_VENV)
+	$(SECOND_VENV)/bin/python -m pip install --disable-pip-version-check numpy==1.26.4 pydicom==2.4.5 torch==2.13.0 -e .
+	@rm -f $(SECOND_VENV)/.installed-* && touch $@
+
+test-second: $(STAMP) $(SECOND_STAMP)  ## the same dose from both environments, twice, in bfloat16 and in windows
+	DOSE_SECOND_PYTHON=$(abspath $(SECOND_VENV))/bin/python $(BIN)/python -m pytest -m slow tests/numbers $(PYTEST_ARGS)
+
 $(AUDIT_VENV)/bin/bandit: | $(STAMP)
 	$(BIN)/python -m venv $(AUDIT_VENV)
 	$(AUDIT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(AUDIT)
@@ -124,7 +141,7 @@ audit-code: $(AUDIT_VENV)/bin/bandit  ## bandit over the code; what it leaves is
 	$(AUDIT_VENV)/bin/bandit --quiet --recursive custom -ll
 
 audit: audit-code  ## bandit, and the known vulnerabilities of the pinned dependencies (asks PyPI about each)
-	$(AUDIT_VENV)/bin/pip-audit --disable-pip --no-deps --requirement constraints.txt
+	$(AUDIT_VENV)/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
 
 lint: $(STAMP)  ## ruff over the whole tree
 	$(BIN)/ruff check .
