@@ -30,6 +30,7 @@ CONFIGS = ROOT / "bundle" / "configs"
 RUN_BY = {
     r"make (PYTHON=\S+ )?setup": "every run of the tests, in the environment that it makes",
     r"make help": "test_docs.py::test_make_help_lists_every_target",
+    r"PY -m custom\.io": "io/test_packed.py::test_command_packs_a_folder_and_keeps_its_parts",
     r"make test-label": "itself",
     r"make test-deploy": "itself",
     r"pip install -e \.": "make setup, which installs the project so",

@@ -1,4 +1,4 @@
-"""File formats <-> :class:`custom.case.Case`: DICOM-RT folders, OpenKBP folders, GDP-HMM files."""
+"""File formats <-> :class:`custom.case.Case`: DICOM-RT folders, OpenKBP folders, GDP-HMM files, packed cases."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from custom.io.dicom_folder import read_dicom
 from custom.io.find import find_cases, is_gdp_hmm_file
 from custom.io.gdp_hmm import read_gdp_hmm
 from custom.io.openkbp import is_openkbp_folder, read_openkbp, write_dose_csv
+from custom.io.packed import is_packed_file, read_packed
 from custom.io.rtdose import PREDICTED, write_rtdose
 from custom.rois import RoiTable
 
@@ -22,8 +23,8 @@ def read_case(path: str | Path, *, roi_table: str | Path | None = None, **option
     """Read one case; the reader follows from what the folder or file holds.
 
     Args:
-        path: a DICOM folder (nested and mixed), an RTSTRUCT file beside its CT, an OpenKBP patient folder, or a
-            GDP-HMM ``.npz`` file.
+        path: a DICOM folder (nested and mixed), an RTSTRUCT file beside its CT, an OpenKBP patient folder, a GDP-HMM
+            ``.npz`` file, or a packed case.
         roi_table: alias table other than the bundle's ``roi_aliases.json``.
         **options: of :class:`custom.io.course.ReadOptions`: ``prescription_gy``, ``technique``, ``site``, ``roi_map``,
             ``default_beams``, ``mask_engine``.
@@ -38,6 +39,8 @@ def read_case(path: str | Path, *, roi_table: str | Path | None = None, **option
     with reading(path):
         if path.is_dir() and is_openkbp_folder(path):
             return read_openkbp(path, told)
+        if is_packed_file(path):
+            return read_packed(path)
         if is_gdp_hmm_file(path):
             return read_gdp_hmm(path, told)
         if path.suffix.lower() == ".npz":

@@ -11,6 +11,7 @@ import pydicom
 from custom.case import CaseError
 from custom.io.ct import CT_SOP_CLASS, ENHANCED_CT_SOP_CLASS
 from custom.io.openkbp import is_openkbp_folder
+from custom.io.packed import is_packed_file
 from custom.io.rtplan import RTPLAN_SOP_CLASS
 from custom.io.rtstruct import RTSTRUCT_SOP_CLASS
 from custom.io.scan import DicomFile, scan_dicom
@@ -34,8 +35,8 @@ def is_gdp_hmm_file(path: Path) -> bool:
 def find_cases(dataset_dir: str | Path) -> list[Path]:
     """Paths of all cases in a folder, each to be given to :func:`custom.io.read_case`; sorted.
 
-    OpenKBP patient folders and GDP-HMM files are cases by themselves. A folder is a DICOM case when a CT and an
-    RTSTRUCT lie in it, at any depth, and no folder inside holds both; folders above that add files (a plan beside the
+    OpenKBP patient folders, GDP-HMM files and packed cases are cases by themselves. A folder is a DICOM case when a CT
+    and an RTSTRUCT lie in it, at any depth, and no folder inside holds both; folders above that add files (a plan beside the
     folder of images) and neither another case nor other structures belong to it. Several RTSTRUCTs in one such folder
     are one case each, unless the RTPLANs refer to a single one of them. Folders with images or structures of patients
     who have no such case are listed too: their reader says what is missing.
@@ -56,7 +57,8 @@ def find_cases(dataset_dir: str | Path) -> list[Path]:
             cases.append(here)
             folders[:] = []
             continue
-        cases += [here / f for f in sorted(files) if not f.startswith(".") and is_gdp_hmm_file(here / f)]
+        shown = [here / f for f in sorted(files) if not f.startswith(".")]
+        cases += [path for path in shown if is_packed_file(path) or is_gdp_hmm_file(path)]
     dicom = scan_dicom(root)
     cases += _dicom_cases(root, dicom)
     if not cases and dicom:
