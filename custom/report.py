@@ -36,6 +36,7 @@ from custom.dosimetry.indices import (
 )
 from custom.dosimetry.partial import dose_samples
 from custom.dosimetry.regions import Region, bounding_box, drawn, regions
+from custom.report_views import find_views
 
 __all__ = ["BANNER", "make_report", "write_report"]
 
@@ -46,6 +47,10 @@ TUMOUR_VOLUMES = ("GTV", "CTV", "ITV")  # listed with the targets, judged by the
 CONFORMITY_LEVEL = 0.95  # of the target's prescription
 ISODOSE_LEVELS = (0.2, 0.5, 0.8, 0.95, 1.0)  # of the highest prescription
 DVH_STEP_GY = 0.25
+SINGLE_STEP = (
+    "The uncertainty bands are no error bars: samples of a single step hardly differ. The spread is calibrated for "
+    "--num_inference_steps 4 --num_samples 8."
+)
 
 TARGET_COLOURS = ("#d62728", "#ff7f0e", "#bc8f00", "#8c564b")
 ORGAN_COLOURS = (
@@ -104,7 +109,7 @@ def make_report(
         "prescription_gy": {roi: float(gy) for roi, gy in case.targets.items()},
         "has_ct": case.ct_hu is not None,
         "has_reference": case.dose_gy is not None,
-        "warnings": [str(text) for text in warnings],
+        "warnings": [str(text) for text in (*warnings, *_own_warnings(dose_std_gy, model or {}))],
         "notes": [str(text) for text in case.source.get("notes", ())],
         "structures": structures,
         "colours": _colours([s["name"] for s in structures], [s["name"] for s in structures if s["role"] == "target"]),
@@ -114,7 +119,7 @@ def make_report(
         "constraints_met_percent": {key: compliance(v) for key, v in verdicts.items()},
         "comparison": _comparison(case, dose_gy, gamma),
         "uncertainty": _uncertainty(case, dose_std_gy),
-        "views": _views(case, dose_gy, verdicts["predicted"]),
+        "views": find_views(case, dose_gy, verdicts["predicted"]),
     }
 
 
@@ -147,6 +152,10 @@ def write_report(record: Mapping[str, Any], case: Case, dose_gy: np.ndarray, out
         os.replace(part, out_dir / name)
         written.append(out_dir / name)
     return written
+
+
+def _own_warnings(dose_std_gy: np.ndarray | None, model: Mapping[str, Any]) -> list[str]:
+    return [SINGLE_STEP] if dose_std_gy is not None and model.get("num_inference_steps") == 1 else []
 
 
 def _check_dose(case: Case, array: np.ndarray, what: str) -> None:
@@ -302,42 +311,6 @@ def _uncertainty(case: Case, std_gy: np.ndarray | None) -> dict[str, float] | No
         return None
     inside = std_gy[case.body]
     return {"mean_std_in_body_gy": float(inside.mean(dtype=np.float64)), "max_std_in_body_gy": float(inside.max())}
-
-
-def _views(case: Case, dose_gy: np.ndarray, verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
-    """Voxels worth a look: the hottest, the high-dose target's centre, the hottest of the worst-hit organ."""
-    views = []
-    hottest = _hottest(Region(BODY, *_boxed(case.body), case.highest_prescription_gy), dose_gy)
-    _add_view(views, "Hottest spot", hottest, case, dose_gy)
-    for region in regions("PTV_High", case):
-        index = np.argwhere(region.mask)
-        nearest = index[((index - index.mean(axis=0)) ** 2).sum(axis=1).argmin()]
-        centre = tuple(int(n + s.start) for n, s in zip(nearest, region.box))
-        _add_view(views, "Centre of the high-dose target", centre, case, dose_gy)
-    worst = sorted((v for v in verdicts if v.status == FAILED and v.constraint.at_most), key=lambda v: -v.severity)
-    for verdict in worst[:1]:
-        for region in regions(verdict.constraint.structure, case)[:1]:
-            title = f"Worst organ violation: {verdict.structure}, {verdict.constraint.metric}"
-            _add_view(views, title, _hottest(region, dose_gy), case, dose_gy)
-    return views
-
-
-def _boxed(mask: np.ndarray) -> tuple:
-    box = bounding_box(mask)
-    return box, mask[box]
-
-
-def _hottest(region: Region, dose_gy: np.ndarray) -> tuple[int, ...]:
-    inside = np.where(region.mask, dose_gy[region.box], -np.inf)
-    return tuple(int(n + s.start) for n, s in zip(np.unravel_index(inside.argmax(), inside.shape), region.box))
-
-
-def _add_view(views: list[dict], title: str, index: tuple[int, ...], case: Case, dose_gy: np.ndarray) -> None:
-    """Append a view unless one of the same three planes is there already."""
-    if any(view["index"] == list(index) for view in views):
-        return
-    position = _rounded(case.grid.to_world(np.array(index)), 1)
-    views.append({"title": title, "index": list(index), "position_lps_mm": position, "dose_gy": float(dose_gy[index])})
 
 
 def _beam_angles(angles: Sequence[float]) -> list[float]:

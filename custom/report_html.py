@@ -152,9 +152,9 @@ def _protocol(record: Mapping[str, Any]) -> str:
         note = f"<small>{escape(row['note'])}</small>" if row["note"] else ""
         body += (
             f"<tr><th>{escape(row['structure'])}</th><td>{escape(spoken(row['metric']))}</td>"
-            f"<td>{escape(row['limit']).replace('&lt;=', '&le;').replace('&gt;=', '&ge;')}</td>"
+            f"<td>{_limit(row)}</td>"
             f"<td>{_number(row['predicted'], unit)}</td>{reference}<td>{_margin(row['margin'], unit)}</td>"
-            f'<td><span class="{row["status"]}">{STATUS[row["status"]]}</span></td>'
+            f'<td><span class="{row["status"]}">{STATUS[row["status"]]}</span>{_condition(row)}</td>'
             f"<td class=text>{escape(row['source'])}{note}</td></tr>"
         )
     failed = sum(row["status"] == "failed" for row in rows)
@@ -164,6 +164,18 @@ def _protocol(record: Mapping[str, Any]) -> str:
         names = ", ".join(sorted({escape(row["structure"]) for row in absent}))
         text += f"Not applicable, because not drawn: {names}."
     return text + "</p>" + _table(head, body, "protocol")
+
+
+def _limit(row: Mapping[str, Any]) -> str:
+    """A share of the prescription also in Gy."""
+    text = escape(row["limit"]).replace("&lt;=", "&le;").replace("&gt;=", "&ge;")
+    return f"{text}<small>{_number(row['limit_value'], 'Gy')} Gy</small>" if "Rx" in row["limit"] else text
+
+
+def _condition(row: Mapping[str, Any]) -> str:
+    """Passed beyond its own limit: by another row, of which one is enough; the note says which."""
+    met_by_another = row["status"] == "passed" and row["margin"] < 0
+    return f'<small title="{escape(row["note"])}">by the other side</small>' if met_by_another else ""
 
 
 def _pictures(record: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]]) -> str:

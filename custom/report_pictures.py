@@ -35,7 +35,7 @@ WINDOW_HU = (-160.0, 240.0)
 IRRADIATED_SHARE = 0.05  # of the prescription: planes reach this far along the patient, and a bit
 AROUND_DOSE_MM, BORDER_MM = 40.0, 8.0
 WIDTH_PX, MAX_HEIGHT_PX, DPI = 400, 520, 100
-COLOURS_PER_PICTURE = 96
+COLOURS_PER_PICTURE = 256
 # plane -> (axis cut, horizontal axis, vertical axis, vertical runs upwards, edge labels left/right/top/bottom) in LPS
 PLANES = {
     "axial": (2, 0, 1, False, "RLAP"),

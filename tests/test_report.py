@@ -13,7 +13,8 @@ from PIL import Image
 
 from custom.case import BODY, Beam, Case, CaseError, Grid
 from custom.dosimetry.constraints import load_constraints
-from custom.report import BANNER, make_report, write_report
+from custom.dosimetry.dvh import parse_metric
+from custom.report import BANNER, SINGLE_STEP, make_report, write_report
 from custom.report_html import _margin, render_html
 from custom.report_model import UNKNOWN_TRAINING, model_facts
 from custom.report_pictures import draw_views
@@ -201,3 +202,36 @@ def test_the_page_names_the_model(case, dose, bundle):
     for text in ("<dt>Model</dt><dd>Doses</dd>", f"<dt>SHA-256 of the weights</dt><dd>{digest}</dd>",
                  "<dt>Samples</dt><dd>4</dd>", "<dt>Flips</dt><dd>none</dd>", "<dt>Training</dt><dd>Some data"):
         assert text in page
+
+
+def test_the_slices_that_matter(case, dose):
+    """Hottest, centre of the target, and the extreme voxel of the worst miss: the hot one of an upper limit."""
+    dose = dose.copy()
+    dose[20, 10, 3] = 80.0
+    dose[9, 7, 8] = 30.0
+    rows = {str(c.metric) + c.structure: c for c in load_constraints()}
+    cold = [replace(rows["D95%[Gy]PTV_High"], metric=parse_metric("Min[Gy]"))]
+    views = make_report(case, dose, constraints=cold)["views"]
+    assert [(v["index"], v["dose_gy"]) for v in views[::2]] == [([20, 10, 3], 80), ([9, 7, 8], 30)]
+    assert views[1]["title"] == "Centre of the high-dose target" and views[1]["index"] == [10, 8, 9]
+    assert views[2]["title"] == "Worst violation, coldest voxel: PTV_High, Min[Gy]"
+    hot = [replace(rows["Max[Gy]SpinalCord"], limit=40.0)]
+    view = make_report(case, dose, constraints=hot)["views"][-1]
+    assert (view["index"], view["dose_gy"]) == ([14, 18, 0], 48) and "hottest voxel: SpinalCord" in view["title"]
+    assert view["position_lps_mm"] == [-3, 18, 0]
+
+
+def test_bands_of_single_steps_are_no_error_bars(case, dose):
+    std = np.ones_like(dose)
+    assert make_report(case, dose, dose_std_gy=std, model={"num_inference_steps": 1})["warnings"] == [SINGLE_STEP]
+    assert make_report(case, dose, dose_std_gy=std, model={"num_inference_steps": 4})["warnings"] == []
+    assert make_report(case, dose, model={"num_inference_steps": 1})["warnings"] == []
+
+
+def test_limits_in_gy_and_passes_by_the_other_side(case, dose):
+    """A share of the prescription is given in Gy too; what passes though it is exceeded says why."""
+    row = next(c for c in load_constraints() if str(c.metric) + c.structure == "Max[Gy]SpinalCord")
+    rows = [replace(row, limit=40.0, any_of="one", note=""), replace(row, limit=50.0, any_of="one", note=""),
+            replace(row, limit=0.5, limit_is_share=True)]
+    page = render_html(make_report(case, dose, constraints=rows), [])
+    assert page.count("by the other side</small>") == 1 and "&le; 50% of Rx<small>30.00 Gy</small>" in page
