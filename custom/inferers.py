@@ -272,10 +272,16 @@ class DoseDiffusionInferer(Inferer):
         total = 0.0
         for axes in self.flips:
             image = self._flip(inputs, axes)
+            prior = self._prior(image, network)
             if self.window is None:
-                doses = self._predict(image, network, generator)
-            else:
+                doses = self._predict(image, network, generator, prior)
+            elif prior is None:
                 doses = self.window(image, lambda patch: self._predict(patch, network, generator))
+            else:  # the windows get their part of it, so that it is the same as without them
+                both = torch.cat([image, prior], dim=1)
+                doses = self.window(
+                    both, lambda patch: self._predict(patch[:, :-1], network, generator, patch[:, -1:])
+                )
             total = total + torch.flip(doses, [a + 2 for a in axes])
         return (total / len(self.flips)).transpose(0, 1).unsqueeze(2)
 
@@ -286,18 +292,27 @@ class DoseDiffusionInferer(Inferer):
             image = image[:, self.swapped_order]
         return torch.flip(image, [a + 2 for a in axes])
 
-    def _predict(self, image: Tensor, network: nn.Module, generator: torch.Generator | None) -> Tensor:
+    def _autocast(self, image: Tensor) -> torch.autocast:
+        return torch.autocast(image.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
+
+    def _prior(self, image: Tensor, network: nn.Module) -> Tensor | None:
+        """The network's prior dose in windows of its own; None where it has none, or no such windows are wanted."""
+        if self.prior_window is None or any(getattr(network, part, None) is None for part in ("denoiser", "prior")):
+            return None
+        with self._autocast(image):
+            return self.prior_window(image, network.predict_prior).float()
+
+    def _predict(
+        self, image: Tensor, network: nn.Module, generator: torch.Generator | None, prior: Tensor | None = None
+    ) -> Tensor:
         """Doses ``(B, K, X, Y, Z)`` of an image or a window of it; the conditions are encoded once."""
-        with torch.autocast(image.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
+        with self._autocast(image):
             protocols = None if self.guidance is None else self.guidance.protocols(image)
             if getattr(network, "denoiser", None) is None:
                 dose = (network(image) if self.prior_window is None else self.prior_window(image, network)).float()
                 dose = dose if protocols is None else self.guidance(dose, protocols)
                 return dose.expand(-1, self.num_samples, -1, -1, -1)
-            if self.prior_window is None or getattr(network, "prior", None) is None:
-                conditions = network.encode(image)
-            else:
-                conditions = network.encode(image, self.prior_window(image, network.predict_prior))
+            conditions = network.encode(image) if prior is None else network.encode(image, prior)
             guide = None if protocols is None else self._guide(network, conditions, protocols)
             doses = []
             for _ in range(self.num_samples):

@@ -188,6 +188,15 @@ def test_the_windowed_prior_is_what_the_denoiser_corrects(steps):
     assert float((whole - prior - 0.25).abs().max()) > 0.01
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_windows_of_the_image_get_their_part_of_the_one_prior(steps):
+    image = torch.rand(1, 1, 20, 9, 8) + torch.arange(20.0).reshape(-1, 1, 1)
+    prior = {"prior_roi_size": [8, 8, 8], "prior_overlap_voxels": 4, "stochastic": False}
+    whole = DoseDiffusionInferer(steps, **prior)(image, Corrected())
+    in_windows = DoseDiffusionInferer(steps, roi_size=[11, 8, 8], overlap_voxels=3, **prior)(image, Corrected())
+    torch.testing.assert_close(in_windows, whole)
+
+
 def test_windows_blend_linearly():
     """Two windows that answer 0 and 1 meet in a straight ramp over the overlap."""
     answers = iter([0.0, 1.0])
