@@ -43,6 +43,10 @@ def with_id(folder: Path, patient_id: str) -> Path:
     return folder
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 def one_message(done, *parts: str) -> None:
     """The run failed with one message that holds ``parts``, and without a traceback."""
     assert done.returncode != 0
@@ -67,12 +71,17 @@ def test_a_batch_with_bad_cases(patient, overlay, tmp_path):
             roi.ROIName = str(roi.ROIName).replace("PTV", "Muscle")
     (data / "f.npz").write_bytes(b"PK\x03\x04 no archive")
     shutil.copytree(data / "a", out / "c_gap" / "older")  # as if an earlier run had left results
-    done = run(overlay, dataset_dir=data, output_dir=out)
+    before = contents(data)
+    done = run(overlay, dataset_dir=data, output_dir=out, **{"trained_on#sites": ["Lung"]})
+    assert contents(data) == before and {p.name for p in tmp_path.iterdir()} == {"data", "out"}
     one_message(done, "4 of 6 cases failed, the others are done", "c_gap", "slices are missing", "from an earlier run",
                 "d_mr", "found MR", "e_no_target", "no prescription", "f.npz", "cut short")
     assert {p.name for p in out.iterdir()} == {"a_case", "b_case", "c_gap"}
     for name in ("a_case", "b_case"):
         assert {p.name for p in (out / name).iterdir()} == RESULTS
+        warnings = json.loads((out / name / "report.json").read_text())["warnings"]
+        assert any("site HeadNeck was not in the training data (Lung)" in text for text in warnings)
+    assert "site HeadNeck was not in the training data" in done.stdout + done.stderr
     assert "Secret" not in done.stdout + done.stderr and "Person" not in done.stdout + done.stderr
     for path in (out / "a_case").iterdir():
         assert (b"Secret" in path.read_bytes()) == (path.name == "RTDOSE.dcm"), path.name
