@@ -192,15 +192,20 @@ def _pictures(record: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]]) 
         hint += " This case came without a CT."
     out += f"<p class=hint>{hint}</p>"
     for view in pictures:
-        rows = ""
-        for row in view["rows"]:
-            images = "".join(
-                f'<img src="data:image/png;base64,{png}" alt="{escape(row["title"])}, {plane}" title="{plane}">'
-                for plane, png in row["planes"].items()
-            )
-            rows += f"<h4>{escape(row['title'])}</h4><div class=planes>{images}</div>"
+        rows = "".join(f"<div class=planes>{''.join(group)}</div>" for group in _side_by_side(view["rows"]))
         out += f"<div class=view><h3>{escape(view['title'])} ({view['dose_gy']:.1f} Gy)</h3>{rows}</div>"
     return out
+
+
+def _side_by_side(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The pictures of one dose in one group; of several, those of the same plane, which are of one size."""
+    figures = [[_figure(row["title"], plane, png) for plane, png in row["planes"].items()] for row in rows]
+    return figures if len(figures) == 1 else [list(group) for group in zip(*figures)]
+
+
+def _figure(title: str, plane: str, png: str) -> str:
+    text = escape(f"{title}, {plane}")
+    return f'<figure><img src="data:image/png;base64,{png}" alt="{text}"><figcaption>{text}</figcaption></figure>'
 
 
 def _indices(record: Mapping[str, Any]) -> str:
@@ -274,7 +279,6 @@ max-width:1180px;padding:0 16px 40px}
 text-align:center}
 h1{margin:18px 0 2px;font-size:25px;overflow-wrap:anywhere}h2{font-size:18px;margin:0 0 8px}
 h3{font-size:15px;margin:18px 0 4px}
-h4{font-size:12px;margin:8px 0 3px;color:#566;font-weight:600;text-transform:uppercase;letter-spacing:.04em}
 p{margin:4px 0 10px}section{background:#fff;border:1px solid #dde3ea;border-radius:8px;padding:16px;margin:14px 0}
 .tiles{display:flex;flex-wrap:wrap;gap:10px;margin:10px 0}
 .tile{background:#fff;border:1px solid #dde3ea;border-radius:8px;padding:8px 14px;flex:1 1 150px}
@@ -301,8 +305,10 @@ svg .cursor{stroke:#1c2430;stroke-width:1;stroke-dasharray:2 3}
 .keys label{display:flex;align-items:center;white-space:nowrap}.keys input{margin:0 6px 0 0}
 .keys output{margin-left:auto;font-variant-numeric:tabular-nums;color:#5a6675}
 .chips span{white-space:nowrap;margin-right:14px;font-size:13px}
-.planes{display:flex;flex-wrap:wrap;gap:6px;align-items:flex-start}
-.planes img{flex:1 1 250px;max-width:400px;min-width:0;width:100%;height:auto;border-radius:4px;background:#000}
+.planes{display:flex;flex-wrap:wrap;gap:6px;align-items:flex-start;margin-bottom:6px}
+.planes figure{flex:1 1 250px;max-width:400px;min-width:0;margin:0}
+.planes img{display:block;width:100%;height:auto;border-radius:4px;background:#000}
+figcaption{font-size:12.5px;color:#5a6675}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:3px 16px;margin:0 0 10px}
 dt{color:#5a6675}dd{margin:0;overflow-wrap:anywhere}
 @media(max-width:600px){body{padding:0 8px 24px;font-size:14px}.banner{margin:0 -8px}section{padding:10px}
@@ -311,6 +317,6 @@ tbody th{white-space:normal;overflow-wrap:anywhere;min-width:105px}}
 @media print{body{background:#fff;max-width:none;font-size:11px;padding:0}section{border:0;padding:6px 0;margin:0}
 .banner{position:static;-webkit-print-color-adjust:exact;print-color-adjust:exact;margin:0}
 i,.passed,.failed{-webkit-print-color-adjust:exact;print-color-adjust:exact}tbody th{position:static}
-tr,.planes,.tile,svg{break-inside:avoid}h2,h3,h4{break-after:avoid}.keys input,#readout{display:none}
-.planes img{flex-basis:0}.scroll{overflow:visible}th,td{padding:2px 5px}}
+tr,.planes,.tile,svg{break-inside:avoid}h2,h3{break-after:avoid}.keys input,#readout{display:none}
+.planes figure{flex-basis:0}.scroll{overflow:visible}th,td{padding:2px 5px}}
 """.replace("\n", "")

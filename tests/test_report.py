@@ -15,7 +15,7 @@ from custom.case import BODY, Beam, Case, CaseError, Grid
 from custom.dosimetry.constraints import load_constraints
 from custom.dosimetry.dvh import parse_metric
 from custom.report import BANNER, SINGLE_STEP, make_report, write_report
-from custom.report_html import _margin, render_html
+from custom.report_html import _margin, _side_by_side, render_html
 from custom.report_model import UNKNOWN_TRAINING, model_facts
 from custom.report_pictures import draw_views
 
@@ -235,3 +235,15 @@ def test_limits_in_gy_and_passes_by_the_other_side(case, dose):
             replace(row, limit=0.5, limit_is_share=True)]
     page = render_html(make_report(case, dose, constraints=rows), [])
     assert page.count("by the other side</small>") == 1 and "&le; 50% of Rx<small>30.00 Gy</small>" in page
+
+
+def test_pictures_of_one_plane_stand_side_by_side():
+    """Predicted, reference and difference of a plane; of a lone prediction its three planes."""
+    planes = {"axial": "A", "coronal": "C", "sagittal": "S"}
+    lone, several = [{"title": "Predicted", "planes": planes}], ["Predicted", "Reference", "Difference"]
+    (group,) = _side_by_side(lone)
+    assert [alt for text in group for alt in re.findall('alt="([^"]+)"', text)] == [
+        "Predicted, axial", "Predicted, coronal", "Predicted, sagittal"]
+    groups = _side_by_side([{"title": title, "planes": planes} for title in several])
+    assert [[re.search('alt="([^"]+)"', text)[1] for text in group] for group in groups] == [
+        [f"{title}, {plane}" for title in several] for plane in planes]
