@@ -33,6 +33,7 @@ RUN_BY = {
     r"PY -m custom\.io": "io/test_packed.py::test_command_packs_a_folder_and_keeps_its_parts",
     r"make test-label": "itself",
     r"make test-deploy": "itself",
+    r"make test-second": "itself",
     r"pip install -e \.": "make setup, which installs the project so",
     r"pip install \.": "test_package.py::test_the_wheel_holds_code_configs_weights_and_types_and_nothing_else",
     r"rt-dose-demo OUT": "test_package.py::test_the_installed_package_runs_its_demo_without_a_clone",

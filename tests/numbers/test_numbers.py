@@ -104,10 +104,10 @@ def test_bfloat16(study, whole, tmp_path, capsys):
 @needs_weights
 @pytest.mark.slow
 def test_windows(study, whole, tmp_path, capsys):
-    mean, largest = difference(whole, predict(study, tmp_path, roi_size=[96, 96, 64], overlap_voxels=32))
+    mean, largest = difference(whole, predict(study, tmp_path, roi_size=[64, 64, 48], overlap_voxels=16))
     with capsys.disabled():
         print(f"\nwindows against the whole volume: mean {mean:.4f}, max {largest:.4f} Gy")
-    assert mean < AGREE_GY
+    assert 0 < largest < AGREE_GY
 
 
 @needs_weights
