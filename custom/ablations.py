@@ -34,11 +34,20 @@ class Ablations:
         options: overrides for all of them, such as the data set and the minutes.
         output_dir: gets a folder a variant, ``ablations.json`` and ``ablations.md``.
         run_id: what to run.
+        names: of the variants to run; None for all. The first of ``variants`` is always the one compared with.
+
+    Raises:
+        CaseError: a name that is none of the variants.
     """
 
     def __init__(self, variants: Mapping[str, Mapping[str, Any]], config_files: Sequence[str | Path],
-                 options: Mapping[str, Any], output_dir: str | Path, run_id: str = "ablate") -> None:
-        self.variants, self.options, self.run_id = dict(variants), dict(options), run_id
+                 options: Mapping[str, Any], output_dir: str | Path, run_id: str = "ablate",
+                 names: Sequence[str] | None = None) -> None:
+        if unknown := sorted(set(names or ()) - set(variants)):
+            raise CaseError(f"ablations: no variant {', '.join(unknown)}; expected some of {', '.join(variants)}")
+        wanted = set(variants) if names is None else {next(iter(variants)), *names}
+        self.variants = {name: overrides for name, overrides in variants.items() if name in wanted}
+        self.options, self.run_id = dict(options), run_id
         self.config_files, self.output_dir = [str(path) for path in config_files], Path(output_dir)
 
     def run(self) -> dict[str, dict]:

@@ -140,8 +140,8 @@ def _protocol(record: Mapping[str, Any]) -> str:
     rows = [row for row in record["constraints"] if row["status"] != "not_applicable"]
     absent = [row for row in record["constraints"] if row["status"] == "not_applicable"]
     compared = record["has_reference"]
-    head = "<th>Structure</th><th>Metric</th><th>Limit</th><th>Predicted</th>"
-    head += "<th>Reference</th>" * compared + "<th>Margin</th><th>Result</th><th>Source</th>"
+    head = "<th>Structure</th><th>Result</th><th>Metric</th><th>Limit</th><th>Predicted</th>"
+    head += "<th>Reference</th>" * compared + "<th>Margin</th><th>Source</th>"
     body = ""
     for row in rows:
         unit = row["unit"]
@@ -151,10 +151,11 @@ def _protocol(record: Mapping[str, Any]) -> str:
             reference = f"<td><span{mark}>{_number(row['reference'], unit)}</span></td>"
         note = f"<small>{escape(row['note'])}</small>" if row["note"] else ""
         body += (
-            f"<tr><th>{escape(row['structure'])}</th><td>{escape(spoken(row['metric']))}</td>"
+            f"<tr><th>{escape(row['structure'])}</th>"
+            f'<td><span class="{row["status"]}">{STATUS[row["status"]]}</span>{_condition(row)}</td>'
+            f"<td>{escape(spoken(row['metric']))}</td>"
             f"<td>{_limit(row)}</td>"
             f"<td>{_number(row['predicted'], unit)}</td>{reference}<td>{_margin(row['margin'], unit)}</td>"
-            f'<td><span class="{row["status"]}">{STATUS[row["status"]]}</span>{_condition(row)}</td>'
             f"<td class=text>{escape(row['source'])}{note}</td></tr>"
         )
     failed = sum(row["status"] == "failed" for row in rows)
@@ -175,7 +176,7 @@ def _limit(row: Mapping[str, Any]) -> str:
 def _condition(row: Mapping[str, Any]) -> str:
     """Passed beyond its own limit: by another row, of which one is enough; the note says which."""
     met_by_another = row["status"] == "passed" and row["margin"] < 0
-    return f'<small title="{escape(row["note"])}">by the other side</small>' if met_by_another else ""
+    return f'<small title="{escape(row["note"])}">other side</small>' if met_by_another else ""
 
 
 def _pictures(record: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]]) -> str:
@@ -290,7 +291,7 @@ th,td{padding:5px 9px;border-bottom:1px solid #e6ebf0;text-align:right;white-spa
 thead th{font-size:12.5px;color:#5a6675;border-bottom:2px solid #cfd8e1;font-weight:600}
 tbody th,thead th:first-child{text-align:left;font-weight:600}
 tbody th{position:sticky;left:0;background:#fff}
-td small{display:block;white-space:nowrap}.protocol td:nth-child(2),.protocol th:nth-child(2){text-align:left}
+td small{display:block;white-space:nowrap}.protocol :is(td,th):is(:nth-child(2),:nth-child(3)){text-align:left}
 .protocol .text,.protocol th:last-child{white-space:normal;text-align:left;min-width:230px;font-size:12.5px}
 .text small{white-space:normal}
 .passed,.failed,.not_applicable{padding:1px 7px;border-radius:9px}
@@ -312,7 +313,8 @@ figcaption{font-size:12.5px;color:#5a6675}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:3px 16px;margin:0 0 10px}
 dt{color:#5a6675}dd{margin:0;overflow-wrap:anywhere}
 @media(max-width:600px){body{padding:0 8px 24px;font-size:14px}.banner{margin:0 -8px}section{padding:10px}
-th,td{padding:4px 6px}svg text{font-size:22px}.protocol .text,.protocol thead th:last-child{display:none}
+th,td{padding:4px 5px;font-size:12.5px}svg text{font-size:22px}
+.protocol .text,.protocol thead th:last-child{display:none}
 tbody th{white-space:normal;overflow-wrap:anywhere;min-width:105px}}
 @media print{body{background:#fff;max-width:none;font-size:11px;padding:0}section{border:0;padding:6px 0;margin:0}
 .banner{position:static;-webkit-print-color-adjust:exact;print-color-adjust:exact;margin:0}

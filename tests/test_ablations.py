@@ -86,3 +86,12 @@ def test_limits_met_are_compared_in_pairs():
     assert lines[2].endswith("| 40.0 | 52.5 |  |") and lines[3].endswith("| 60.0 | 52.5 | +20.0 [-4.8, +44.8] |")
     without = {"old": {"x": {k: v for k, v in scores_of([1.0])["x"].items() if "met" not in k}}, **found}
     assert all(line.count("|") == 9 for line in table(without).splitlines())
+
+
+def test_some_of_the_variants(tmp_path):
+    """The first one is what the others are compared with, so it is always among them."""
+    variants = {"full": {}, "a": {}, "b": {}}
+    assert list(Ablations(variants, [], {}, tmp_path, names=["b"]).variants) == ["full", "b"]
+    assert list(Ablations(variants, [], {}, tmp_path).variants) == ["full", "a", "b"]
+    with pytest.raises(CaseError, match="no variant c; expected some of full, a, b"):
+        Ablations(variants, [], {}, tmp_path, names=["b", "c"])
