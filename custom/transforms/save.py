@@ -197,10 +197,20 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         yield partial
         _put_in_place(partial, folder)
     except OSError as error:
-        raise OutputError(f"cannot write to {folder.parent}: {error.strerror or error}; free space there, or choose "
-                          "another output_dir") from error
+        raise OutputError(f"cannot write to {folder.parent}: {_reason(error)}; free space there, or choose another "
+                          "output_dir") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said; pydicom wraps it in an error whose text is a traceback."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return str(error)
 
 
 def _put_in_place(partial: Path, folder: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from monai.data import MetaTensor
 from scipy import ndimage
 
-from custom.case import Beam, Case, CaseError, Grid, Site
+from custom.case import Beam, Case, CaseError, Grid, OutputError, Site
 from custom.io import read_case
 from custom.phantom import make_case, with_dose, write_study
 from custom.transforms.load import WorkingGridd
@@ -256,3 +256,17 @@ def test_gamma_goes_to_the_metrics_and_to_the_report(data, tmp_path, monkeypatch
     rows = json.loads((tmp_path / data["case"].name / "report.json").read_text())["comparison"]["gamma"]
     assert [(row["pass_percent"], row["is_local"], row["cutoff_percent"]) for row in rows] == [
         (93, False, 10), (92, True, 10)]
+
+
+def test_a_full_disk_is_told_in_the_systems_words(tmp_path):
+    """pydicom raises the system's error anew, with a traceback as its text."""
+    def write(folder):
+        try:
+            raise OSError(27, "File too large")
+        except OSError as error:
+            raise OSError("With tag (7FE0,0010) got exception\nTraceback ...") from error
+
+    with pytest.raises(OutputError, match="cannot write to .*: File too large; free space"), \
+            whole_folder(tmp_path / "out" / "case") as folder:
+        write(folder)
+    assert not (tmp_path / "out" / "case").exists()
