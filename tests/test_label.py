@@ -169,8 +169,8 @@ def test_integers_are_isodose_bands(server, study, dose, tmp_path):
 SLICER = """
 import json, sys
 from monailabel.client import MONAILabelClient
-url, image, model = sys.argv[1:]
-client = MONAILabelClient(url)
+url, image, model, folder = sys.argv[1:]
+client = MONAILabelClient(url, tmpdir=folder)
 config = client.info()["models"][model]["config"]
 params = {k: v[0] if isinstance(v, list) else v for k, v in config.items()}
 params.update({"result_extension": ".nrrd", "result_dtype": "uint8"})
@@ -180,19 +180,18 @@ print(json.dumps({"file": file, "labels": labels, "levels_gy": answer["levels_gy
 """
 
 
-def test_slicers_client_gets_named_segments(server, dose):
+def test_slicers_client_gets_named_segments(server, dose, tmp_path):
     """MONAI Label's client, called with what its Slicer module sends when no option was touched (MONAILabel.py)."""
     (name,) = (path.name.removesuffix(".nii.gz") for path in server.studies.glob("*.nii.gz"))
     env = {**environment(), "http_proxy": "", "HTTP_PROXY": ""}
-    done = subprocess.run([str(PYTHON), "-c", SLICER, server.url(""), name, NAME], env=env, capture_output=True,
-                          text=True, timeout=1800)
+    done = subprocess.run([str(PYTHON), "-c", SLICER, server.url(""), name, NAME, str(tmp_path)], env=env,
+                          capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     answer = json.loads(done.stdout.splitlines()[-1])
     assert answer["labels"] == [f"isodose {share} %" for share in (20, 50, 80, 95, 100, 107)]
     header, values = read_nrrd(Path(answer["file"]).read_bytes())
     labels = values.reshape([int(n) for n in header["sizes"].split()], order="F")
     assert (labels != np.digitize(dose.get_fdata(), answer["levels_gy"])).mean() < 1e-4
-    Path(answer["file"]).unlink()
 
 
 def test_the_viewers_volume_stands_for_its_study(server, dose, tmp_path):
