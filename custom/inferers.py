@@ -186,7 +186,7 @@ class DoseDiffusionInferer(Inferer):
         overlap_voxels: overlap of the windows.
         prior_roi_size: window for the network's prior dose alone, such as the patch it was trained with: the statistics
             of its instance norms are then those of training. None predicts it on the whole image, or on each window of
-            ``roi_size``. A volume shorter than the window is padded with zeros, as a patch is.
+            ``roi_size``. Where a volume is shorter than the window, the window is as short.
         prior_overlap_voxels: overlap of these windows.
         sw_batch_size: windows a batch.
         autocast_dtype: ``"bfloat16"`` or ``"float16"`` to run the network in it; None for float32.
@@ -240,11 +240,8 @@ class DoseDiffusionInferer(Inferer):
             self.window = LinearDecaySlidingWindowInferer(
                 roi_size, overlap_voxels, sw_batch_size=sw_batch_size, progress=progress
             )
-        self.prior_window = None
-        if prior_roi_size is not None:
-            self.prior_window = LinearDecaySlidingWindowInferer(
-                prior_roi_size, prior_overlap_voxels, sw_batch_size=sw_batch_size
-            )
+        self.prior_roi_size, self.sw_batch_size = prior_roi_size, sw_batch_size
+        self.prior_overlap_voxels = prior_overlap_voxels
         self.autocast_dtype = None if autocast_dtype is None else getattr(torch, autocast_dtype)
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
@@ -297,10 +294,19 @@ class DoseDiffusionInferer(Inferer):
 
     def _prior(self, image: Tensor, network: nn.Module) -> Tensor | None:
         """The network's prior dose in windows of its own; None where it has none, or no such windows are wanted."""
-        if self.prior_window is None or any(getattr(network, part, None) is None for part in ("denoiser", "prior")):
+        if self.prior_roi_size is None or any(getattr(network, part, None) is None for part in ("denoiser", "prior")):
             return None
         with self._autocast(image):
-            return self.prior_window(image, network.predict_prior).float()
+            return self._in_prior_windows(image, network.predict_prior).float()
+
+    def _in_prior_windows(self, image: Tensor, predict: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.prior_roi_size is None:
+            return predict(image)
+        size = [min(n, extent) for n, extent in zip(self.prior_roi_size, image.shape[2:])]
+        overlap = self.prior_overlap_voxels
+        overlap = [overlap] * 3 if isinstance(overlap, int) else overlap
+        overlap = [min(o, n - 1) for o, n in zip(overlap, size)]
+        return LinearDecaySlidingWindowInferer(size, overlap, sw_batch_size=self.sw_batch_size)(image, predict)
 
     def _predict(
         self, image: Tensor, network: nn.Module, generator: torch.Generator | None, prior: Tensor | None = None
@@ -309,7 +315,7 @@ class DoseDiffusionInferer(Inferer):
         with self._autocast(image):
             protocols = None if self.guidance is None else self.guidance.protocols(image)
             if getattr(network, "denoiser", None) is None:
-                dose = (network(image) if self.prior_window is None else self.prior_window(image, network)).float()
+                dose = self._in_prior_windows(image, network).float()
                 dose = dose if protocols is None else self.guidance(dose, protocols)
                 return dose.expand(-1, self.num_samples, -1, -1, -1)
             conditions = network.encode(image) if prior is None else network.encode(image, prior)

@@ -170,8 +170,7 @@ class Corrected(IdealDenoiser):
 def test_prior_window_sees_patches_as_in_training():
     image = torch.rand(1, 1, 12, 8, 5)
     inferer = DoseDiffusionInferer(prior_roi_size=[8, 8, 8], prior_overlap_voxels=4)
-    padded = torch.nn.functional.pad(image, (1, 2))  # the short axis, in its middle
-    left, right = (Shrinking()(padded[:, :, part])[..., 1:-2] for part in (slice(0, 8), slice(4, 12)))
+    left, right = (Shrinking()(image[:, :, part]) for part in (slice(0, 8), slice(4, 12)))  # as short as the last axis
     ramp = (torch.arange(1, 5) / 5).reshape(1, 1, 4, 1, 1)
     expected = torch.cat([left[:, :, :4], left[:, :, 4:] * (1 - ramp) + right[:, :, :4] * ramp, right[:, :, 4:]], dim=2)
     torch.testing.assert_close(inferer(image, Shrinking()), expected)
