@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from custom.dosimetry.indices import (
 from custom.dosimetry.partial import dose_samples
 from custom.dosimetry.regions import Region, bounding_box, drawn, regions
 from custom.report_views import find_views
+from custom.whole import write_whole
 
 __all__ = ["BANNER", "make_report", "write_report"]
 
@@ -143,14 +143,9 @@ def write_report(record: Mapping[str, Any], case: Case, dose_gy: np.ndarray, out
         "report.json": json.dumps(_plain(record), indent=1, allow_nan=False),
         "report.html": render_html(_plain(record), draw_views(record["views"], case, dose_gy, outlined)),
     }
-    out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, text in contents.items():
-        part = out_dir / f".{name}.part"
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, out_dir / name)
-        written.append(out_dir / name)
+    written = [Path(out_dir) / name for name in contents]
+    for path, text in zip(written, contents.values(), strict=True):
+        write_whole(path, text)
     return written
 
 

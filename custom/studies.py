@@ -135,7 +135,6 @@ class PredictionStudy:
 
     def _write(self, rows: Sequence[Mapping], summaries: Mapping[str, Mapping]) -> None:
         names = list(dict.fromkeys(name for row in rows for name in row))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(self.path.with_suffix(".csv")) as part, part.open("w", newline="", encoding="utf-8") as stream:
             table = csv.DictWriter(stream, names, restval="")
             table.writeheader()
@@ -197,7 +196,6 @@ class CachedScore:
                 for key, values in scores.items():
                     found[name].setdefault(key, []).extend(values)
         summary = {name: _summary(scores) for name, scores in found.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, json.dumps(summary, indent=1))
         return summary
 
@@ -326,7 +324,6 @@ class CalibrationStudy:
             "std_calibration": [both.scale, both.floor_gy],
             "factors": {str(level): factor for level, factor in both.factors.items()},
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, json.dumps(record, indent=1))
         for row in record["reliability"]:
             logger.info("level %.2f: coverage %.3f uncalibrated, %.3f calibrated", *row.values())

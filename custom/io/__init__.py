@@ -40,7 +40,7 @@ def read_case(path: str | Path, *, roi_table: str | Path | None = None, **option
         if path.is_dir() and is_openkbp_folder(path):
             return read_openkbp(path, told)
         if is_packed_file(path):
-            return read_packed(path)
+            return read_packed(path, told)
         if is_gdp_hmm_file(path):
             return read_gdp_hmm(path, told)
         if path.suffix.lower() == ".npz":

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from custom.io import find_cases, read_case
+from custom.io.course import case_name
 from custom.io.packed import SUFFIX, write_packed
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     paths = find_cases(options.dataset)
     for done, path in enumerate(paths, 1):
         inside = path.relative_to(options.dataset) if path != options.dataset else Path(path.name)
-        packed = options.out / inside.parent / (inside.name.removesuffix(inside.suffix) + SUFFIX)
+        packed = options.out / inside.parent / (case_name(path) + SUFFIX)
         if not packed.is_file():
             write_packed(read_case(path), packed)
         logger.info("%d of %d: %s, %.2f MB", done, len(paths), packed, packed.stat().st_size / 1e6)

@@ -264,7 +264,7 @@ def body_from_ct(ct_hu: np.ndarray) -> np.ndarray:
 def case_name(path: Path) -> str:
     """A file-system-safe name for the case at ``path``; generic folder names ("dicom") give way to their parent's."""
     path = Path(path).resolve()
-    stem = path.name if path.is_dir() else path.stem
+    stem = path.name if path.is_dir() else path.stem.removesuffix(".packed")
     while stem.lower() in GENERIC_FOLDERS and path.parent != path:
         path = path.parent
         stem = path.name

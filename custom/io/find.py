@@ -36,8 +36,8 @@ def find_cases(dataset_dir: str | Path) -> list[Path]:
     """Paths of all cases in a folder, each to be given to :func:`custom.io.read_case`; sorted.
 
     OpenKBP patient folders, GDP-HMM files and packed cases are cases by themselves. A folder is a DICOM case when a CT
-    and an RTSTRUCT lie in it, at any depth, and no folder inside holds both; folders above that add files (a plan beside the
-    folder of images) and neither another case nor other structures belong to it. Several RTSTRUCTs in one such folder
+    and an RTSTRUCT lie in it, at any depth, and no folder inside holds both; folders above that add files (a plan
+    beside the folder of images) and neither another case nor other structures belong to it. Several RTSTRUCTs in one such folder
     are one case each, unless the RTPLANs refer to a single one of them. Folders with images or structures of patients
     who have no such case are listed too: their reader says what is missing.
 
@@ -65,7 +65,8 @@ def find_cases(dataset_dir: str | Path) -> list[Path]:
         return [root]  # its reader says what is missing
     cases += _incomplete(root, dicom, cases)
     if not cases:
-        raise CaseError(f"{root}: no case found; expected DICOM (CT + RTSTRUCT), OpenKBP folders or GDP-HMM npz files")
+        raise CaseError(f"{root}: no case found; expected DICOM (CT + RTSTRUCT), OpenKBP folders, GDP-HMM npz "
+                        "files or packed cases")
     return sorted(cases)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from custom.case import Beam, Case, CaseError, Grid
+from custom.io.course import ReadOptions, case_name
 from custom.whole import whole_file
 
 __all__ = ["SUFFIX", "is_packed_file", "read_packed", "write_packed"]
@@ -23,6 +24,7 @@ SUFFIX = ".packed.npz"
 LAYOUT = "packed case 1"
 HU_STEP, HU_LOWEST = 8, -1024
 DOSE_STEP_GY = 0.05
+LATE_OPTIONS = ("prescription_gy", "technique", "site", "roi_map", "default_beams")
 MAX_VOXELS = 512 * 512 * 1000
 
 
@@ -46,7 +48,7 @@ def write_packed(case: Case, path: str | Path) -> None:
     if not path.name.endswith(SUFFIX):
         raise CaseError(f"{path}: a packed case's name ends in {SUFFIX}")
     header = {
-        "layout": LAYOUT, "name": case.name, "shape": list(case.grid.shape), "affine": case.grid.affine.tolist(),
+        "layout": LAYOUT, "shape": list(case.grid.shape), "affine": case.grid.affine.tolist(),
         "prescription_gy": dict(case.prescription_gy), "technique": case.technique, "site": case.site,
         "beams": [[beam.name, list(beam.gantry_deg), list(beam.isocenter_mm)] for beam in case.beams],
         "masks": list(case.masks),
@@ -61,13 +63,21 @@ def write_packed(case: Case, path: str | Path) -> None:
         np.savez_compressed(stream, header=header_bytes, **arrays)
 
 
-def read_packed(path: str | Path) -> Case:
-    """Read one packed case.
+def read_packed(path: str | Path, options: ReadOptions | None = None) -> Case:
+    """Read one packed case, named after its file.
+
+    Args:
+        path: ``NAME.packed.npz``.
+        options: what the user tells; structures, prescription and beams were settled when the case was packed.
 
     Raises:
-        CaseError: a file that is damaged or not in this layout.
+        CaseError: a file that is damaged or not in this layout, or options that come too late.
     """
     path = Path(path)
+    late = [name for name in LATE_OPTIONS if getattr(options, name, None)]
+    if late:
+        raise CaseError(f"{path}: a packed case keeps what it was packed with; found {', '.join(late)}. Give them with "
+                        "the case it was made from")
     try:
         _check_size(path)
         with np.load(path, allow_pickle=False) as archive:
@@ -96,7 +106,7 @@ def _case(path: Path, header: Mapping[str, Any], archive: Mapping[str, np.ndarra
     if "dose" in archive:
         dose = archive["dose"].reshape(grid.shape).astype(np.float32) * np.float32(DOSE_STEP_GY)
     beams = tuple(Beam(name, tuple(angles), tuple(isocentre)) for name, angles, isocentre in header["beams"])
-    return Case(header["name"], grid, ct, masks, header["prescription_gy"], beams, header["technique"], header["site"],
+    return Case(case_name(path), grid, ct, masks, header["prescription_gy"], beams, header["technique"], header["site"],
                 dose_gy=dose, source={"format": "packed", "path": str(path), "notes": []})
 
 

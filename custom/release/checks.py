@@ -37,7 +37,7 @@ TENSOR = {"type": str, "format": str, "num_channels": int, "spatial_shape": list
 # B905, B907: opinions that are newer than the zoo's settings; B950: black cannot break every text.
 FLAKE8 = ("flake8", "--isolated", "--max-line-length", "120", "--select", "B,C,E,F,N,P,T4,W,B9", "--ignore",
           "E203,E501,E741,W503,W504,C408,N812,B023,B905,B907,B950", "--per-file-ignores", "__init__.py:F401")
-PERSONAL = re.compile(r"(?<![\w.])(/home/|/root/|/Users/|/work/|/mnt/|[A-Z]:\\\\)\S*")
+PERSONAL = re.compile(r"(?<![\w.])(/(?:home|root|Users|work|mnt)/|[A-Z]:\\\\)\S*")
 
 
 def metadata_of(bundle: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from custom.case import CaseError
+from custom.datalists import is_done, list_cases
 from custom.io import find_cases, read_case
 from custom.io.__main__ import main
 from custom.io.packed import read_packed, write_packed
@@ -23,7 +24,7 @@ def case():
 def test_round_trip(case, tmp_path):
     write_packed(case, tmp_path / "a.packed.npz")
     back = read_case(tmp_path / "a.packed.npz")
-    assert back.name == case.name and back.grid.same_as(case.grid) and back.beams == case.beams
+    assert back.name == "a" and back.grid.same_as(case.grid) and back.beams == case.beams
     assert (back.technique, back.site) == (case.technique, case.site)
     assert dict(back.prescription_gy) == dict(case.prescription_gy) and list(back.masks) == list(case.masks)
     assert all(np.array_equal(back.masks[name], case.masks[name]) for name in case.masks)
@@ -48,10 +49,26 @@ def test_command_packs_a_folder_and_keeps_its_parts(case, tmp_path):
     main([str(tmp_path / "in"), str(tmp_path / "out")])
     found = find_cases(tmp_path / "out")
     assert [p.parent.name for p in found] == ["train-pats", "validation-pats"]
-    assert read_case(found[0]).name == case.name
+    assert read_case(found[0]).name == "p"
     before = [p.stat().st_mtime_ns for p in found]
     main([str(tmp_path / "in"), str(tmp_path / "out")])
     assert [p.stat().st_mtime_ns for p in found] == before
+
+
+def test_what_was_settled_by_packing_is_not_overruled_in_silence(case, tmp_path):
+    write_packed(case, tmp_path / "a.packed.npz")
+    with pytest.raises(CaseError, match="a.packed.npz: .*prescription_gy, technique"):
+        read_case(tmp_path / "a.packed.npz", prescription_gy=50.0, technique="IMRT")
+
+
+def test_a_result_is_found_again(case, tmp_path):
+    write_packed(case, tmp_path / "in" / "a.packed.npz")
+    report = tmp_path / "out" / read_case(tmp_path / "in" / "a.packed.npz").name / "report.json"
+    (todo,) = list_cases(tmp_path / "in", tmp_path / "out")
+    assert not is_done(todo, tmp_path / "out")
+    report.parent.mkdir(parents=True)
+    report.write_text("{}")
+    assert is_done(todo, tmp_path / "out")
 
 
 def test_damaged_foreign_and_hostile_files_are_refused(case, tmp_path):
