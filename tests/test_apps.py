@@ -56,7 +56,8 @@ def test_the_viewers_pipeline_is_the_bundles_with_two_changes(viewer):
     assert changed == [("custom.transforms.load.LoadImageRTd", "custom.transforms.viewer.LoadViewerStudyd")]
     assert targets(viewer, "postprocessing") == [*targets(own, "postprocessing"),
                                                  "custom.transforms.viewer.IsodoseLabeld"]
-    assert {key for key in own if own[key] != viewer[key]} <= {"inferer", "model_facts", "preprocessing", "postprocessing", "sampler"}
+    changed = {key for key in own if own[key] != viewer[key]}
+    assert changed <= {"inferer", "model_facts", "preprocessing", "postprocessing", "sampler"}
 
 
 def test_labels_are_isodoses():

@@ -37,9 +37,9 @@ def find_cases(dataset_dir: str | Path) -> list[Path]:
 
     OpenKBP patient folders, GDP-HMM files and packed cases are cases by themselves. A folder is a DICOM case when a CT
     and an RTSTRUCT lie in it, at any depth, and no folder inside holds both; folders above that add files (a plan
-    beside the folder of images) and neither another case nor other structures belong to it. Several RTSTRUCTs in one such folder
-    are one case each, unless the RTPLANs refer to a single one of them. Folders with images or structures of patients
-    who have no such case are listed too: their reader says what is missing.
+    beside the folder of images) and neither another case nor other structures belong to it. Several RTSTRUCTs in one
+    such folder are one case each, unless the RTPLANs refer to a single one of them. Folders with images or structures
+    of patients who have no such case are listed too: their reader says what is missing.
 
     Raises:
         CaseError: when there is nothing that could be a case.
