@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,10 @@ import pytest
 
 from custom.ablations import Ablations, table
 from custom.case import CaseError
+from custom.phantom import make_case, with_dose, write_study
+from custom.physics.fluence import plan_dose
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # A config that MONAI's runner can run in seconds: it writes what a training would have scored.
 CONFIG = {
@@ -95,3 +100,36 @@ def test_some_of_the_variants(tmp_path):
     assert list(Ablations(variants, [], {}, tmp_path).variants) == ["full", "a", "b"]
     with pytest.raises(CaseError, match="no variant c; expected some of full, a, b"):
         Ablations(variants, [], {}, tmp_path, names=["b", "c"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlays, variants, inferers", [
+    ((), ["full", "without CT"], {"plain", "flips"}),
+    (("claims.json",), ["full", "with the constraint loss", "without structure encoder"], {"one step", "four steps"}),
+])
+def test_the_commands_of_the_page(overlays, variants, inferers, tmp_path):
+    """Trained for seconds on coarse synthetic patients, scored on every other one, as the pages' commands do it."""
+    for seed in (3, 4, 5, 6, 7):
+        case = make_case("HeadNeck", seed, shape=(40, 40, 20))
+        plan = plan_dose(case, beamlet_mm=12.0, iterations=6, normalise=True)
+        write_study(with_dose(case, plan.dose_gy), tmp_path / "cases" / f"hn_{seed}", patient_id=f"hn_{seed}")
+    network = json.loads((ROOT / "bundle" / "configs" / "smoke.json").read_text())["network_def"]
+    small = tmp_path / "small.json"
+    small.write_text(json.dumps({"network_def": network, "patch_size": [32, 32, 16], "prior_roi_size": [32, 32, 16],
+                                 "prior_overlap_voxels": 8}))
+    further = [*overlays, str(small)]
+    files = [f"bundle/configs/{name}" for name in ("inference.json", "train.json", "ablations.json", *overlays)]
+    options = {"further_configs": further, "train_minutes": 0.1, "validation_share": 0.6, "score_every": 2,
+               "num_workers": 1, **({} if overlays else {"ablated": variants, "denoiser_from": 1.0})}
+    command = [sys.executable, "-m", "monai.bundle", "run", "ablations", "--config_file", str([*files, str(small)]),
+               "--dataset_dir", str(tmp_path / "cases"), "--output_dir", str(tmp_path / "out")]
+    for key, value in options.items():
+        command += [f"--{key}", str(value)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    logs = "".join(path.read_text()[-1500:] for path in (tmp_path / "out").glob("*/log.txt"))
+    assert done.returncode == 0, done.stderr[-1500:] + logs
+    found = json.loads((tmp_path / "out" / "ablations.json").read_text())
+    assert list(found) == variants and all(set(scores) == inferers for scores in found.values())
+    cases = {scores["cases"] for variant in found.values() for scores in variant.values()}
+    assert len(cases) == 1 and 0 < cases.pop() < 4
+    assert "limits met, %" in (tmp_path / "out" / "ablations.md").read_text()

@@ -16,10 +16,11 @@ CONFIGS = Path(__file__).resolve().parents[1] / "bundle" / "configs"
 BASE = "inference.json"
 STAGES = ("train.json", "evaluate.json", "studies.json")  # each is laid over the base
 # each is laid over the base and a stage
-OVERLAYS = ("train_autoencoder.json", "ablations.json", "smoke.json", "multi_gpu.json", "shards.json", "deploy.json",
+OVERLAYS = ("train_autoencoder.json", "ablations.json", "claims.json", "smoke.json", "multi_gpu.json", "shards.json", "deploy.json",
             "systems/*.json",
             "constraint_loss.json", "guidance.json", "protocol_studies.json", "comparison.json",
             "axial_studies.json")
+UNDER = {"claims.json": ["ablations.json"]}  # overlays that lie over another overlay
 FILES = sorted(
     path.relative_to(CONFIGS).as_posix() for name in (BASE, *STAGES, *OVERLAYS) for path in CONFIGS.glob(name)
 )
@@ -87,10 +88,15 @@ def references(config: dict[str, Any]) -> set[str]:
     return copied.union(*(REFERENCE.findall(text) for text in texts if text.startswith(("@", "$"))))
 
 
+def bases_of(name: str) -> list[str]:
+    """Files that a file is laid over."""
+    return [] if name == BASE else [BASE] if name in STAGES else [BASE, *STAGES, *UNDER.get(name, ())]
+
+
 def unknown_keys(name: str) -> list[str]:
     """Top-level keys of a file that no base defines, nobody refers to and no tool reads."""
     config = load(name)
-    bases = [] if name == BASE else [load(BASE)] if name in STAGES else [load(other) for other in (BASE, *STAGES)]
+    bases = [load(other) for other in bases_of(name)]
     defined = {key_name(key) for base in bases for key in base}
     used = references(config).union(*map(references, bases))
     return [key for key in config if key_name(key) not in defined | used | set(ENTRY_KEYS)]
@@ -109,8 +115,7 @@ def test_sets_top_level_keys_only(name):
 @pytest.mark.parametrize("name", FILES)
 def test_refers_only_to_keys_that_exist(name):
     config = load(name)
-    bases = (BASE,) if name in STAGES else (BASE, *STAGES)
-    defined = {key_name(key) for source in (config, *map(load, bases)) for key in source}
+    defined = {key_name(key) for source in (config, *map(load, bases_of(name))) for key in source}
     missing = {name for name in references(config) if name not in defined}
     assert missing == set()
 

@@ -85,7 +85,7 @@ RUN_BY = {
     r"PY -m monai\.bundle run robustness": "test_studies_run.py::test_robustness",
     r"PY -m monai\.bundle run calibration": "test_studies_run.py::test_calibration",
     r"PY -m monai\.bundle run ablations":
-        "test_ablations.py::test_each_variant_is_run_once_and_compared_with_the_first",
+        "test_ablations.py::test_the_commands_of_the_page",
     r"make bench": "test_studies_run.py::test_benchmark",
     # reliability.md, safety.md
     r"make fuzz": "fuzz/test_bytes.py::test_damaged_bytes",
