@@ -16,10 +16,9 @@ CONFIGS = Path(__file__).resolve().parents[1] / "bundle" / "configs"
 BASE = "inference.json"
 STAGES = ("train.json", "evaluate.json", "studies.json")  # each is laid over the base
 # each is laid over the base and a stage
-OVERLAYS = ("train_autoencoder.json", "ablations.json", "claims.json", "smoke.json", "multi_gpu.json", "shards.json", "deploy.json",
-            "systems/*.json",
-            "constraint_loss.json", "guidance.json", "protocol_studies.json", "comparison.json",
-            "axial_studies.json")
+OVERLAYS = ("train_autoencoder.json", "ablations.json", "claims.json", "smoke.json", "multi_gpu.json", "shards.json",
+            "deploy.json", "systems/*.json", "constraint_loss.json", "guidance.json", "protocol_studies.json",
+            "comparison.json", "axial_studies.json")
 UNDER = {"claims.json": ["ablations.json"]}  # overlays that lie over another overlay
 FILES = sorted(
     path.relative_to(CONFIGS).as_posix() for name in (BASE, *STAGES, *OVERLAYS) for path in CONFIGS.glob(name)
@@ -50,6 +49,7 @@ ENTRY_KEYS = {
     "benchmark": "MONAI's runner: run id",
     "ablate": "MONAI's runner: run id, by custom.ablations",
     "ablations": "MONAI's runner: run id",
+    "preparation": "the runs of custom.ablations, for a variant with other channels",
     "comparison": "MONAI's runner: run id",
     "tabulate": "MONAI's runner: run id",
     "step_curve": "MONAI's runner: run id",

@@ -244,8 +244,8 @@ class _ChannelMap:
         if "body" not in self.spatial:
             raise CaseError(f"network: no 'body' among the spatial condition_channels {self.spatial}")
         if structure is None:
-            others = ("ct", "body", "plan_prior")
-            structure = [n for n in self.spatial if n not in others and not n.startswith("beam")]
+            others = ("ct", "body")
+            structure = [n for n in self.spatial if n not in others and not n.startswith(("beam", "plan_prior"))]
         unknown = [n for n in structure if n not in self.spatial]
         if unknown:
             raise CaseError(f"network: structure_channels {unknown} are not among {self.spatial}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,8 @@ from custom.physics.limits import follow, own_objectives, read_protocol
 from custom.physics.pencil_beam import Direction, Field, density_from_hu
 from custom.places import bundle_folder
 
-__all__ = ["BeamModel", "Objective", "Plan", "load_objectives", "mimic_dose", "plan_dose"]
+__all__ = ["BeamModel", "Objective", "Plan", "load_objectives", "load_trade_offs", "mimic_dose", "plan_dose",
+           "traded"]
 
 RING = "Ring"
 KINDS = ("min", "max")
@@ -96,6 +97,29 @@ def load_objectives(
             raise CaseError(f"{path}, row {number}: wants kind {KINDS}, one of dose_gy and dose_share, and a positive "
                             f"weight; found {row}")
     return found
+
+
+def load_trade_offs(path: str | Path | None = None) -> dict[str, dict[str, float]]:
+    """``trade_offs`` of a file like ``configs/plan_objectives.json``: name -> structure -> factor of :func:`traded`.
+
+    Raises:
+        CaseError: a factor that is no positive number; names the file.
+    """
+    path = Path(path) if path else objectives_path()
+    try:
+        found = {str(name): {str(roi): float(factor) for roi, factor in factors.items()}
+                 for name, factors in json.loads(path.read_text()).get("trade_offs", {}).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CaseError(f"{path}: expected trade_offs as {{'name': {{'Target': 4.0}}}}, found: {error}") from error
+    for name, factors in found.items():
+        if not all(factor > 0 for factor in factors.values()):
+            raise CaseError(f"{path}: trade-off {name!r} wants positive factors; found {factors}")
+    return found
+
+
+def traded(objectives: Sequence[Objective], factors: Mapping[str, float]) -> tuple[Objective, ...]:
+    """The objectives with the weights of some structures' rows multiplied, as ``{"Target": 4.0}``."""
+    return tuple(replace(row, weight=row.weight * factors.get(row.structure, 1.0)) for row in objectives)
 
 
 class BeamModel:

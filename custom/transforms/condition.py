@@ -14,7 +14,7 @@ from monai.transforms import MapTransform
 from custom.case import Case, CaseError, DoseScale, Keys, Site, Technique
 from custom.geometry.distance import signed_distance_mm
 from custom.metrics import DoseScore
-from custom.physics.fluence import BeamModel, load_objectives, plan_dose
+from custom.physics.fluence import BeamModel, load_objectives, load_trade_offs, plan_dose, traded
 from custom.physics.open_field import open_field_dose
 from custom.transforms.distance_channels import DISTANCE_BUILDERS
 
@@ -28,10 +28,18 @@ CONTEXT = "context"
 
 
 class Conditions:
-    """Builds channels of one case; what several channels share is computed once."""
+    """Builds channels of one case; what several channels share is computed once.
 
-    def __init__(self, case: Case, plan_options: Mapping[str, object] | None = None, beamlet_mm: float = 6.0) -> None:
-        self.case = case
+    Args:
+        case: on the working grid.
+        plan_options: of :func:`custom.physics.fluence.plan_dose`.
+        beamlet_mm: beamlet size of everything that is computed from the beams.
+        trade_offs: the plan priors beside the main one, see :func:`custom.physics.fluence.load_trade_offs`.
+    """
+
+    def __init__(self, case: Case, plan_options: Mapping[str, object] | None = None, beamlet_mm: float = 6.0,
+                 trade_offs: Mapping[str, Mapping[str, float]] | None = None) -> None:
+        self.case, self.trade_offs = case, trade_offs or {}
         self.plan_options, self.beamlet_mm = plan_options or {}, beamlet_mm
 
     def build(self, name: str) -> np.ndarray | float:
@@ -92,8 +100,14 @@ def _prescription(c: Conditions, _: str) -> np.ndarray:
     return painted
 
 
-def _plan_prior(c: Conditions, _: str) -> np.ndarray:
-    plan = plan_dose(c.case, beams=c.beam_model, **c.plan_options)
+def _plan_prior(c: Conditions, trade_off: str) -> np.ndarray:
+    options = dict(c.plan_options)
+    if trade_off:
+        if trade_off not in c.trade_offs:
+            raise CaseError(f"condition channel 'plan_prior_{trade_off}': the planning objectives have no such "
+                            f"trade-off; they have {', '.join(sorted(c.trade_offs)) or 'none'}")
+        options["objectives"] = traded(options.get("objectives") or load_objectives(), c.trade_offs[trade_off])
+    plan = plan_dose(c.case, beams=c.beam_model, **options)
     return DoseScale(c.case.highest_prescription_gy).to_network(plan.dose_gy)
 
 
@@ -115,6 +129,7 @@ BUILDERS: dict[str, Callable[[Conditions, str], np.ndarray | float]] = {
     "ct": _ct,
     "body": lambda c, _: c.case.body.astype(np.float32),
     "prescription": _prescription,
+    "plan_prior_": _plan_prior,
     "plan_prior": _plan_prior,
     "beam_": _beam,
     "mask_": _mask,
@@ -153,12 +168,13 @@ class ConditionChannelsd(MapTransform):
         self.spatial_channels, self.context_channels = tuple(spatial_channels), tuple(context_channels)
         self.plan_options = {"objectives": load_objectives(plan_objectives, constraints), "iterations": plan_iterations}
         self.plan_beamlet_mm = plan_beamlet_mm
+        self.trade_offs = load_trade_offs(plan_objectives)
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
         out = dict(data)
         for key in self.key_iterator(out):
             case: Case = out[key]
-            conditions = Conditions(case, self.plan_options, self.plan_beamlet_mm)
+            conditions = Conditions(case, self.plan_options, self.plan_beamlet_mm, self.trade_offs)
             spatial = np.stack([conditions.build(name) for name in self.spatial_channels]).astype(np.float32)
             affine = torch.as_tensor(case.grid.ras_affine)
             out[Keys.IMAGE] = MetaTensor(torch.from_numpy(spatial), affine=affine)

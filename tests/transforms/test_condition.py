@@ -88,6 +88,25 @@ def test_values_in_network_units(conditions):
     assert conditions.build("beam_high")[case.masks["PTV_7000"]].mean() == pytest.approx(1.0, abs=1e-3)
 
 
+def test_plans_of_other_trade_offs(conditions):
+    """With heavier targets their coldest voxels get more dose, with lighter ones the tissue around them gets less."""
+    case, factors = conditions.case, {"coverage": {"Target": 20.0}, "sparing": {"Target": 0.05}}
+    traded = Conditions(case, {"objectives": None, "iterations": 30}, 12.0, factors)
+    usual, covering, sparing = (traded.build(name) for name in
+                                ("plan_prior", "plan_prior_coverage", "plan_prior_sparing"))
+    target = case.target_mask()
+    assert np.percentile(sparing[target], 2) < np.percentile(usual[target], 2) < np.percentile(covering[target], 2)
+    tissue = case.body & ~target
+    assert sparing[tissue].mean() < usual[tissue].mean() < covering[tissue].mean()
+    with pytest.raises(CaseError, match="'plan_prior_bold'.*no such trade-off; they have coverage, sparing"):
+        traded.build("plan_prior_bold")
+
+
+def test_the_bundles_trade_offs_reach_their_channels():
+    build = ConditionChannelsd(spatial_channels=["plan_prior_sparing"])
+    assert set(build.trade_offs) == {"coverage", "sparing"}
+
+
 def test_higher_targets_are_painted_over_lower_ones(conditions):
     painted, masks = conditions.build("prescription"), conditions.case.masks
     assert np.unique(painted) == pytest.approx([0, 0.8, 0.9, 1.0])
