@@ -21,6 +21,7 @@ from monai.utils import CommonKeys
 
 from custom.case import CaseError
 from custom.metrics import write_metrics
+from custom.networks.growth import grow
 from custom.whole import whole_file
 
 __all__ = [
@@ -461,7 +462,8 @@ class WeightsLoader:
         path: ``model.pt``.
         network: module to load into, or several (a network and its moving average).
         required: False lets a training start from nothing when ``path`` is empty.
-        strict: False takes those entries that fit by name and shape.
+        strict: False takes what fits; what a larger network has more begins as nothing
+            (:func:`custom.networks.growth.grow`).
     """
 
     def __init__(self, path: str | Path | None, network: torch.nn.Module | Sequence[torch.nn.Module],
@@ -498,5 +500,5 @@ class WeightsLoader:
             raise CaseError(f"{path}: weights of another network; {len(fitting)} of {len(own)} tensors fit, the first "
                             f"that does not is {odd[0]!r}. Use the config the weights were trained with")
         for network in self.networks:
-            network.load_state_dict(fitting, strict=False)
+            fitting = grow(network, state)
         logger.info("loaded %d of %d tensors from %s", len(fitting), len(own), path)

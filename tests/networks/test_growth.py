@@ -1,0 +1,61 @@
+"""A larger network that takes a smaller one's weights begins as the same function."""
+
+import pytest
+import torch
+
+from custom.networks.addiff_dose import ADDiffDose
+from custom.networks.growth import grow
+
+CONTEXT = ["has_ct"]
+SPATIAL = ["ct", "body", "plan_prior", "sdm_target_high"]
+DENOISER = {"channels": [8, 16], "encoder_blocks": [1, 1], "decoder_blocks": [1], "attention_levels": [1],
+            "embedding_dim": 16}
+
+
+def network(further=(), blocks=(1, 1), widths=(8, 16)) -> ADDiffDose:
+    torch.manual_seed(len(further))
+    prior = {"channels": widths, "encoder_blocks": blocks, "decoder_blocks": [1], "embedding_dim": 16}
+    made = ADDiffDose([*SPATIAL, *further, *CONTEXT], CONTEXT, prior=prior, denoiser=DENOISER, structure_widths=[8, 8])
+    with torch.no_grad():  # layers that start at zero would hide what they are given
+        for parameter in made.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return made.eval()
+
+
+@pytest.fixture(scope="module")
+def image() -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.rand(1, len(SPATIAL) + len(CONTEXT), 16, 16, 16)
+
+
+def with_further(image: torch.Tensor, count: int) -> torch.Tensor:
+    """Further spatial channels before the context."""
+    return torch.cat([image[:, :-1], torch.rand(1, count, *image.shape[2:]), image[:, -1:]], dim=1)
+
+
+@torch.no_grad()
+def test_further_blocks_and_channels_change_nothing_at_first(image):
+    small = network()
+    large = network(["plan_prior_sparing", "plan_prior_coverage"], blocks=(2, 4))
+    taken = grow(large, small.state_dict())
+    assert set(taken) == set(small.state_dict())
+    assert torch.allclose(large(with_further(image, 2)), small(image), atol=1e-5)
+    more = {name for name, _ in large.named_parameters()} - set(taken)
+    assert more and all(name.startswith(("prior.unet.encoder.0.1.", "prior.unet.encoder.1.")) for name in more)
+
+
+def test_what_is_new_learns(image):
+    large = network(["plan_prior_sparing"], blocks=(2, 3))
+    grow(large, network().state_dict())
+    large.train().predict_prior(with_further(image, 1)).abs().sum().backward()
+    assert large.prior.unet.encoder[1][2].conv2.weight.grad.abs().sum() > 0
+    assert large.prior.unet.down[0].weight.grad[:, len(SPATIAL)].abs().sum() > 0
+
+
+@torch.no_grad()
+def test_other_shapes_keep_their_own_start():
+    wide, before = network(widths=(12, 16)), network(widths=(12, 16)).state_dict()
+    taken = grow(wide, network().state_dict())
+    assert "prior.unet.encoder.0.0.conv1.weight" not in taken and "gain" in taken
+    assert torch.equal(wide.state_dict()["prior.unet.encoder.0.0.conv1.weight"],
+                       before["prior.unet.encoder.0.0.conv1.weight"])
