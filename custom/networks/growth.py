@@ -15,9 +15,10 @@ __all__ = ["grow"]
 def grow(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give ``network`` what fits of ``state``, and let what it has more begin as nothing (Chen et al., ICLR 2016).
 
-    A convolution with further input channels takes the former ones first and weighs the others with zero; a residual
-    block that is new passes its input on. So blocks added at the end of a level, and channels added at the end of the
-    input, change nothing before they are trained. Other new parts, and those of another shape, keep their own start.
+    A layer with further inputs takes the former ones first and weighs the others with zero; a residual block that is
+    new passes its input on. So blocks added at the end of a level, and channels added at the end of the spatial or of
+    the context channels, change nothing before they are trained. Other new parts, and those of another shape, keep
+    their own start.
 
     Args:
         network: any module; changed in place.
@@ -46,6 +47,6 @@ def grow(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _more_inputs(own: Tensor, value: Tensor) -> bool:
-    """Whether two convolutions' weights differ in the number of input channels alone, and ``own`` has more."""
-    same = own.ndim == value.ndim == 5 and own.shape[0] == value.shape[0] and own.shape[2:] == value.shape[2:]
+    """Whether the weights of two linear layers or convolutions differ in their inputs alone, and ``own`` has more."""
+    same = own.ndim == value.ndim in (2, 5) and own.shape[0] == value.shape[0] and own.shape[2:] == value.shape[2:]
     return same and own.shape[1] > value.shape[1]

@@ -60,8 +60,11 @@ class RandDropConditionsd(RandomizableTransform, MapTransform):
         keys: the image.
         spatial_channels, context_channels: names of its channels and of the context's.
         ct_prob: probability that the CT goes.
-        organ_prob: probability for each organ that its distance map (``sdm_``, or DoseDiff's forms) and mask go.
+        organ_prob: probability for each organ that its distance map (``sdm_``, or DoseDiff's forms) and mask go, and
+            the context's figures of it.
     """
+
+    FIGURES = ("has", "overlap", "plan_mean")
 
     def __init__(self, keys: KeysCollection, spatial_channels: Sequence[str], context_channels: Sequence[str],
                  ct_prob: float = 0.15, organ_prob: float = 0.03) -> None:
@@ -79,19 +82,19 @@ class RandDropConditionsd(RandomizableTransform, MapTransform):
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
         out = dict(data)
         drop = [organ for organ in self.organs if self.R.random() < self.organ_prob]
-        changes = [(name, f"has_{organ}", absent) for organ in drop for name, absent in self.organs[organ]]
+        changes = [change for organ in drop for change in self.organs[organ]]
+        gone = {f"{figure}_{organ}" for organ in drop for figure in self.FIGURES}
         if self.R.random() < self.ct_prob:
-            changes.append(("ct", "has_ct", 0.0))
+            changes.append(("ct", 0.0))
+            gone.add("has_ct")
         if not changes:
             return out
-        context = out[CONTEXT].clone()
         for key in self.key_iterator(out):
             image = out[key].clone()
-            for channel, flag, value in changes:
+            for channel, value in changes:
                 if channel in self.spatial:
                     image[self.spatial.index(channel)] = value
-                if flag in self.context:
-                    context[self.context.index(flag)] = 0.0
             out[key] = image
-        out[CONTEXT] = context
+        kept = torch.tensor([float(name not in gone) for name in self.context])
+        out[CONTEXT] = out[CONTEXT] * kept
         return out

@@ -41,6 +41,7 @@ class Conditions:
                  trade_offs: Mapping[str, Mapping[str, float]] | None = None) -> None:
         self.case, self.trade_offs = case, trade_offs or {}
         self.plan_options, self.beamlet_mm = plan_options or {}, beamlet_mm
+        self._planned: dict[str, np.ndarray] = {}
 
     def build(self, name: str) -> np.ndarray | float:
         """The channel ``name``: an array ``[i, j, k]``, or a number for a context channel."""
@@ -81,6 +82,32 @@ class Conditions:
         unions = [np.logical_or.reduce([self.levels[k] for k in order[: n + 1]]) for n in range(len(order))]
         return dict(zip(order, open_field_dose(self.beam_model, unions), strict=True))
 
+    def planned(self, trade_off: str = "") -> np.ndarray:
+        """Planned dose as a fraction of the highest prescription; of the file's own weights, or of a trade-off."""
+        if trade_off not in self._planned:
+            options = dict(self.plan_options)
+            if trade_off:
+                if trade_off not in self.trade_offs:
+                    raise CaseError(f"condition channel 'plan_prior_{trade_off}': the planning objectives have no such "
+                                    f"trade-off; they have {', '.join(sorted(self.trade_offs)) or 'none'}")
+                objectives = options.get("objectives") or load_objectives()
+                options["objectives"] = traded(objectives, self.trade_offs[trade_off])
+            plan = plan_dose(self.case, beams=self.beam_model, **options)
+            self._planned[trade_off] = DoseScale(self.case.highest_prescription_gy).to_network(plan.dose_gy)
+        return self._planned[trade_off]
+
+    def plan_mean(self, mask: np.ndarray | None) -> float:
+        """Mean of the planned dose in a structure; 0 without it."""
+        return 0.0 if mask is None else float(self.planned()[mask].mean())
+
+    def overlap(self, mask: np.ndarray | None) -> float:
+        """Share of a structure that lies in the targets; 0 without it."""
+        return 0.0 if mask is None else float(self.case.target_mask()[mask].mean())
+
+    def litres(self, mask: np.ndarray | None) -> float:
+        """Volume of a structure; 0 without it."""
+        return 0.0 if mask is None else float(mask.sum() * np.prod(self.case.grid.spacing_mm) * 1e-6)
+
     def signed_distance(self, mask: np.ndarray | None) -> np.ndarray:
         if mask is None:
             return np.full(self.case.grid.shape, ABSENT_DISTANCE, dtype=np.float32)
@@ -98,17 +125,6 @@ def _prescription(c: Conditions, _: str) -> np.ndarray:
     for roi, gy in reversed(c.case.targets.items()):
         painted[c.case.masks[roi]] = gy / c.case.highest_prescription_gy
     return painted
-
-
-def _plan_prior(c: Conditions, trade_off: str) -> np.ndarray:
-    options = dict(c.plan_options)
-    if trade_off:
-        if trade_off not in c.trade_offs:
-            raise CaseError(f"condition channel 'plan_prior_{trade_off}': the planning objectives have no such "
-                            f"trade-off; they have {', '.join(sorted(c.trade_offs)) or 'none'}")
-        options["objectives"] = traded(options.get("objectives") or load_objectives(), c.trade_offs[trade_off])
-    plan = plan_dose(c.case, beams=c.beam_model, **options)
-    return DoseScale(c.case.highest_prescription_gy).to_network(plan.dose_gy)
 
 
 def _beam(c: Conditions, level: str) -> np.ndarray:
@@ -129,8 +145,8 @@ BUILDERS: dict[str, Callable[[Conditions, str], np.ndarray | float]] = {
     "ct": _ct,
     "body": lambda c, _: c.case.body.astype(np.float32),
     "prescription": _prescription,
-    "plan_prior_": _plan_prior,
-    "plan_prior": _plan_prior,
+    "plan_prior_": lambda c, trade_off: c.planned(trade_off),
+    "plan_prior": lambda c, _: c.planned(),
     "beam_": _beam,
     "mask_": _mask,
     "sdm_target_": lambda c, level: c.signed_distance(c.levels.get(level)),
@@ -138,6 +154,9 @@ BUILDERS: dict[str, Callable[[Conditions, str], np.ndarray | float]] = {
     "has_ct": lambda c, _: float(c.case.ct_hu is not None),
     "has_target_": lambda c, level: float(level in c.levels),
     "has_": lambda c, roi: float(c.mask(roi) is not None),
+    "litres_target_": lambda c, level: c.litres(c.levels.get(level)),
+    "overlap_": lambda c, roi: c.overlap(c.mask(roi)),
+    "plan_mean_": lambda c, roi: c.plan_mean(c.mask(roi)),
     "is_vmat": lambda c, _: float(c.case.technique == Technique.VMAT),
     "is_lung": lambda c, _: float(c.case.site == Site.LUNG),
     "prescription_level": lambda c, _: c.case.highest_prescription_gy / 70.0,

@@ -12,10 +12,10 @@ DENOISER = {"channels": [8, 16], "encoder_blocks": [1, 1], "decoder_blocks": [1]
             "embedding_dim": 16}
 
 
-def network(further=(), blocks=(1, 1), widths=(8, 16)) -> ADDiffDose:
+def network(further=(), blocks=(1, 1), widths=(8, 16), context=CONTEXT) -> ADDiffDose:
     torch.manual_seed(len(further))
     prior = {"channels": widths, "encoder_blocks": blocks, "decoder_blocks": [1], "embedding_dim": 16}
-    made = ADDiffDose([*SPATIAL, *further, *CONTEXT], CONTEXT, prior=prior, denoiser=DENOISER, structure_widths=[8, 8])
+    made = ADDiffDose([*SPATIAL, *further, *context], context, prior=prior, denoiser=DENOISER, structure_widths=[8, 8])
     with torch.no_grad():  # layers that start at zero would hide what they are given
         for parameter in made.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
@@ -40,6 +40,10 @@ def test_further_blocks_and_channels_change_nothing_at_first(image):
     taken = grow(large, small.state_dict())
     assert set(taken) == set(small.state_dict())
     assert torch.allclose(large(with_further(image, 2)), small(image), atol=1e-5)
+    wise = network(["plan_prior_sparing"], context=[*CONTEXT, "overlap_Parotid_L"])
+    grow(wise, small.state_dict())
+    knowing = torch.cat([with_further(image, 1), torch.full_like(image[:, :1], 0.3)], dim=1)
+    assert torch.allclose(wise(knowing), small(image), atol=1e-5)
     more = {name for name, _ in large.named_parameters()} - set(taken)
     assert more and all(name.startswith(("prior.unet.encoder.0.1.", "prior.unet.encoder.1.")) for name in more)
 

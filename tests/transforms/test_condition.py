@@ -48,14 +48,16 @@ def drawn_case(levels=(70.0, 63.0, 56.0), **changes) -> Case:
 
 @pytest.fixture(scope="module")
 def conditions() -> Conditions:
-    return Conditions(drawn_case(), {"objectives": None, "iterations": 5}, beamlet_mm=12.0)
+    return Conditions(drawn_case(), {"objectives": None, "iterations": 5}, 12.0, {"sparing": {"Target": 0.1}})
 
 
 # ------------------------------------------------------------------------------------------------------ builders
-SPATIAL = ["ct", "body", "prescription", "plan_prior", "beam_high", "beam_mid", "beam_low", "mask_Parotid_L",
+SPATIAL = ["ct", "body", "prescription", "plan_prior", "plan_prior_sparing", "beam_high", "beam_mid", "beam_low",
+           "mask_Parotid_L",
            "sdm_target_high", "sdm_target_mid", "sdm_target_low", "sdm_Parotid_L",
            *(f"{form}_{roi}" for form in ("psdm", "isdm", "tsbdm", "mask") for roi in ("target_high", "Parotid_L"))]
-CONTEXT = ["has_ct", "has_target_mid", "has_Parotid_L", "is_vmat", "is_lung", "prescription_level", "spacing_x"]
+CONTEXT = ["has_ct", "has_target_mid", "has_Parotid_L", "is_vmat", "is_lung", "prescription_level", "spacing_x",
+           "litres_target_high", "overlap_Lung_L", "plan_mean_Larynx"]
 
 
 def test_every_builder_is_tried_here():
@@ -70,7 +72,7 @@ def test_spatial_builders_give_finite_volumes(conditions, name):
     assert volume.shape == SHAPE and volume.dtype == np.float32 and np.isfinite(volume).all() and np.ptp(volume) > 0
 
 
-@pytest.mark.parametrize(("name", "value"), [*zip(CONTEXT, (1, 1, 1, 0, 0, 1, 1), strict=True)])
+@pytest.mark.parametrize(("name", "value"), [*zip(CONTEXT, (1, 1, 1, 0, 0, 1, 1, 0.00324, 0, 0), strict=True)])
 def test_context_builders_give_numbers(conditions, name, value):
     assert conditions.build(name) == pytest.approx(value) and isinstance(conditions.build(name), float)
 
@@ -100,6 +102,17 @@ def test_plans_of_other_trade_offs(conditions):
     assert sparing[tissue].mean() < usual[tissue].mean() < covering[tissue].mean()
     with pytest.raises(CaseError, match="'plan_prior_bold'.*no such trade-off; they have coverage, sparing"):
         traded.build("plan_prior_bold")
+
+
+def test_figures_of_the_whole_patient(conditions):
+    """Two thirds of the parotid lie in the lowest target; the highest is 27 voxels of 120 mm^3."""
+    masks = conditions.case.masks | {"Parotid_L": blob((17, 13, 6), (1, 1, 1))}
+    drawn = Conditions(drawn_case(masks=masks), {"objectives": None, "iterations": 2}, 12.0)
+    assert drawn.build("overlap_Parotid_L") == pytest.approx(2 / 3)
+    assert drawn.build("litres_target_high") == pytest.approx(27 * 120e-6)
+    assert drawn.build("plan_mean_Parotid_L") == pytest.approx(drawn.build("plan_prior")[masks["Parotid_L"]].mean())
+    for name in ("overlap_Larynx", "plan_mean_Larynx", "litres_target_other"):
+        assert drawn.build(name) == 0.0
 
 
 def test_the_bundles_trade_offs_reach_their_channels():
