@@ -108,6 +108,13 @@ class Conditions:
         """Volume of a structure; 0 without it."""
         return 0.0 if mask is None else float(mask.sum() * np.prod(self.case.grid.spacing_mm) * 1e-6)
 
+    def length(self, mask: np.ndarray | None) -> float:
+        """Extent of a structure along the patient in dm; 0 without it."""
+        if mask is None or not mask.any():
+            return 0.0
+        slices = np.flatnonzero(mask.any(axis=(0, 1)))
+        return float((slices[-1] - slices[0] + 1) * self.case.grid.spacing_mm[2] / 100.0)
+
     def signed_distance(self, mask: np.ndarray | None) -> np.ndarray:
         if mask is None:
             return np.full(self.case.grid.shape, ABSENT_DISTANCE, dtype=np.float32)
@@ -155,6 +162,9 @@ BUILDERS: dict[str, Callable[[Conditions, str], np.ndarray | float]] = {
     "has_target_": lambda c, level: float(level in c.levels),
     "has_": lambda c, roi: float(c.mask(roi) is not None),
     "litres_target_": lambda c, level: c.litres(c.levels.get(level)),
+    "litres_body": lambda c, _: c.litres(c.case.body),
+    "length_target": lambda c, _: c.length(c.case.target_mask()),
+    "length_body": lambda c, _: c.length(c.case.body),
     "overlap_": lambda c, roi: c.overlap(c.mask(roi)),
     "plan_mean_": lambda c, roi: c.plan_mean(c.mask(roi)),
     "is_vmat": lambda c, _: float(c.case.technique == Technique.VMAT),

@@ -57,7 +57,8 @@ SPATIAL = ["ct", "body", "prescription", "plan_prior", "plan_prior_sparing", "be
            "sdm_target_high", "sdm_target_mid", "sdm_target_low", "sdm_Parotid_L",
            *(f"{form}_{roi}" for form in ("psdm", "isdm", "tsbdm", "mask") for roi in ("target_high", "Parotid_L"))]
 CONTEXT = ["has_ct", "has_target_mid", "has_Parotid_L", "is_vmat", "is_lung", "prescription_level", "spacing_x",
-           "litres_target_high", "overlap_Lung_L", "plan_mean_Larynx"]
+           "litres_target_high", "litres_body", "length_target", "length_body", "overlap_Lung_L",
+           "plan_mean_Larynx"]
 
 
 def test_every_builder_is_tried_here():
@@ -72,7 +73,7 @@ def test_spatial_builders_give_finite_volumes(conditions, name):
     assert volume.shape == SHAPE and volume.dtype == np.float32 and np.isfinite(volume).all() and np.ptp(volume) > 0
 
 
-@pytest.mark.parametrize(("name", "value"), [*zip(CONTEXT, (1, 1, 1, 0, 0, 1, 1, 0.00324, 0, 0), strict=True)])
+@pytest.mark.parametrize(("name", "value"), [*zip(CONTEXT, (1, 1, 1, 0, 0, 1, 1, 0.00324, 0.693, 0.42, 0.66, 0, 0), strict=True)])
 def test_context_builders_give_numbers(conditions, name, value):
     assert conditions.build(name) == pytest.approx(value) and isinstance(conditions.build(name), float)
 
