@@ -161,8 +161,8 @@ BUILDERS: dict[str, Callable[[Conditions, str], np.ndarray | float]] = {
     "has_ct": lambda c, _: float(c.case.ct_hu is not None),
     "has_target_": lambda c, level: float(level in c.levels),
     "has_": lambda c, roi: float(c.mask(roi) is not None),
-    "litres_target_": lambda c, level: c.litres(c.levels.get(level)),
-    "litres_body": lambda c, _: c.litres(c.case.body),
+    "volume_target_": lambda c, level: c.litres(c.levels.get(level)),
+    "volume_body": lambda c, _: c.litres(c.case.body) / 10.0,  # near 1, as the others
     "length_target": lambda c, _: c.length(c.case.target_mask()),
     "length_body": lambda c, _: c.length(c.case.body),
     "overlap_": lambda c, roi: c.overlap(c.mask(roi)),

@@ -57,7 +57,7 @@ SPATIAL = ["ct", "body", "prescription", "plan_prior", "plan_prior_sparing", "be
            "sdm_target_high", "sdm_target_mid", "sdm_target_low", "sdm_Parotid_L",
            *(f"{form}_{roi}" for form in ("psdm", "isdm", "tsbdm", "mask") for roi in ("target_high", "Parotid_L"))]
 CONTEXT = ["has_ct", "has_target_mid", "has_Parotid_L", "is_vmat", "is_lung", "prescription_level", "spacing_x",
-           "litres_target_high", "litres_body", "length_target", "length_body", "overlap_Lung_L",
+           "volume_target_high", "volume_body", "length_target", "length_body", "overlap_Lung_L",
            "plan_mean_Larynx"]
 
 
@@ -73,7 +73,8 @@ def test_spatial_builders_give_finite_volumes(conditions, name):
     assert volume.shape == SHAPE and volume.dtype == np.float32 and np.isfinite(volume).all() and np.ptp(volume) > 0
 
 
-@pytest.mark.parametrize(("name", "value"), [*zip(CONTEXT, (1, 1, 1, 0, 0, 1, 1, 0.00324, 0.693, 0.42, 0.66, 0, 0), strict=True)])
+@pytest.mark.parametrize(("name", "value"), [
+    *zip(CONTEXT, (1, 1, 1, 0, 0, 1, 1, 0.00324, 0.0693, 0.42, 0.66, 0, 0), strict=True)])
 def test_context_builders_give_numbers(conditions, name, value):
     assert conditions.build(name) == pytest.approx(value) and isinstance(conditions.build(name), float)
 
@@ -110,9 +111,9 @@ def test_figures_of_the_whole_patient(conditions):
     masks = conditions.case.masks | {"Parotid_L": blob((17, 13, 6), (1, 1, 1))}
     drawn = Conditions(drawn_case(masks=masks), {"objectives": None, "iterations": 2}, 12.0)
     assert drawn.build("overlap_Parotid_L") == pytest.approx(2 / 3)
-    assert drawn.build("litres_target_high") == pytest.approx(27 * 120e-6)
+    assert drawn.build("volume_target_high") == pytest.approx(27 * 120e-6)
     assert drawn.build("plan_mean_Parotid_L") == pytest.approx(drawn.build("plan_prior")[masks["Parotid_L"]].mean())
-    for name in ("overlap_Larynx", "plan_mean_Larynx", "litres_target_other"):
+    for name in ("overlap_Larynx", "plan_mean_Larynx", "volume_target_other"):
         assert drawn.build(name) == 0.0
 
 
