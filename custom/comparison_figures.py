@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from custom.case import Case
@@ -14,7 +15,8 @@ from custom.dosimetry.dvh import cumulative_dvh
 __all__ = ["draw_doses", "draw_dvhs", "draw_steps"]
 
 DIFFERENCE_GY = 10.0
-COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive")
+COLOURS = colormaps["tab20"].colors[::2] + colormaps["tab20"].colors[1::2]
+BORDER_VOXELS = 3
 
 
 def middle_slice(case: Case) -> int:
@@ -55,8 +57,11 @@ def draw_doses(case: Case, doses_gy: Mapping[str, np.ndarray], path: str | Path)
     if case.ct_hu is not None:
         axes[1, 0].imshow(case.ct_hu[:, :, k].T, cmap="gray", vmin=-200, vmax=300, aspect=aspect)
         axes[1, 0].set_title("CT")
+    rows, columns = (np.nonzero(inside.any(axis=axis))[0] for axis in (1, 0))
     for axis in axes.flat:
         axis.set_axis_off()
+        axis.set_xlim(columns[0] - BORDER_VOXELS, columns[-1] + BORDER_VOXELS)
+        axis.set_ylim(rows[-1] + BORDER_VOXELS, rows[0] - BORDER_VOXELS)
     figure.colorbar(shown, ax=axes[0], label="dose, Gy", shrink=0.8)
     if doses_gy:
         figure.colorbar(moved, ax=axes[1], label="difference to the reference, Gy", shrink=0.8)
@@ -80,7 +85,7 @@ def draw_dvhs(case: Case, doses_gy: Mapping[str, np.ndarray], path: str | Path) 
     organs = [roi for roi in ("SpinalCord", "Brainstem", "Parotid_L", "Parotid_R", "Esophagus", "Larynx", "Heart",
                               "Lungs") if roi in case.masks]
     shown = [roi for roi in (*case.targets, *organs) if case.masks[roi].any()]
-    figure = Figure(figsize=(4.2 * len(doses_gy), 4), layout="constrained")
+    figure = Figure(figsize=(3.6 * len(doses_gy) + 1.4, 4), layout="constrained")
     axes = figure.subplots(1, len(doses_gy), squeeze=False, sharey=True)[0]
     for axis, (name, dose) in zip(axes, doses_gy.items()):
         for n, roi in enumerate(shown):
@@ -91,7 +96,7 @@ def draw_dvhs(case: Case, doses_gy: Mapping[str, np.ndarray], path: str | Path) 
         axis.set(title=name, xlabel="dose, Gy", xlim=(0, 1.15 * case.highest_prescription_gy), ylim=(0, 101))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("volume, %")
-    axes[-1].legend(fontsize=7)
+    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.suptitle(f"{case.name}; dashed: reference dose")
     _save(figure, path)
 
@@ -109,7 +114,8 @@ def draw_steps(steps: Mapping[int, Mapping[str, float]], path: str | Path) -> No
     figure = Figure(figsize=(3 * len(panels), 3), layout="constrained")
     for axis, (name, title) in zip(figure.subplots(1, len(panels)), panels.items()):
         axis.plot(counts, [steps[count][name] for count in counts], "o-", markersize=3)
-        axis.set(xlabel="DDIM steps", title=title, xscale="log", xticks=counts, xticklabels=[str(c) for c in counts])
+        axis.set(xlabel="DDIM steps", title=title, xscale="log", xticks=counts)
+        axis.set_xticklabels([str(count) for count in counts], fontsize=7)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     _save(figure, path)
