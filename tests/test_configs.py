@@ -49,7 +49,6 @@ ENTRY_KEYS = {
     "benchmark": "MONAI's runner: run id",
     "ablate": "MONAI's runner: run id, by custom.ablations",
     "ablations": "MONAI's runner: run id",
-    "preparation": "the runs of custom.ablations, for a variant with other channels",
     "comparison": "MONAI's runner: run id",
     "tabulate": "MONAI's runner: run id",
     "step_curve": "MONAI's runner: run id",
