@@ -34,3 +34,12 @@ def test_nothing_left_out_is_the_same_tensor(data):
 def test_a_name_that_is_no_channel_is_refused():
     with pytest.raises(CaseError, match="beam_mid.*the channels are ct"):
         ReduceConditionsd(spatial_channels=NAMES, left_out=["beam_mid"])
+
+
+def test_what_the_context_says_of_it_goes_too(data):
+    data["context"] = torch.tensor([2.0, 3.0, 5.0])
+    reduce = ReduceConditionsd(spatial_channels=NAMES, left_out=["plan_"],
+                               context_channels=["volume_body", "plan_mean_Heart", "plan_mean_Parotid_L"])
+    out = reduce(data)
+    assert out["context"].tolist() == [2.0, 0.0, 0.0] and data["context"].tolist() == [2.0, 3.0, 5.0]
+    assert (out["image"][4] == 0).all() and torch.equal(out["image"][:4], data["image"][:4])
