@@ -104,7 +104,7 @@ def test_some_of_the_variants(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("overlays, variants, inferers", [
-    ((), ["full", "with three plans", "without CT"], {"plain", "flips"}),
+    ((), ["full", "with one plan", "without CT"], {"plain", "flips"}),
     (("claims.json",), ["full", "with the constraint loss", "without structure encoder"], {"one step", "four steps"}),
 ])
 def test_the_commands_of_the_page(overlays, variants, inferers, tmp_path):
