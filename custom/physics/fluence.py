@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
 from scipy import ndimage, optimize
 
 from custom.case import BODY, Case, CaseError
@@ -133,17 +132,19 @@ class BeamModel:
         beamlet_mm: beamlet size at the isocentre.
         max_directions: arcs are sampled by at most so many directions.
         margin_mm: beamlets open up to this far outside the targets' projection.
+        threads: that compute the directions; the bits do not depend on them.
     """
 
-    def __init__(self, case: Case, beamlet_mm: float = 6.0, max_directions: int = 24, margin_mm: float = 6.0) -> None:
-        self.case = case
+    def __init__(self, case: Case, beamlet_mm: float = 6.0, max_directions: int = 24, margin_mm: float = 6.0,
+                 threads: int = 1) -> None:
+        self.case, self.threads = case, threads
         self.index = np.nonzero(case.body)
         self.directions = case_directions(case, beamlet_mm, max_directions, margin_mm)
 
     @cached_property
     def fields(self) -> list[Field]:
         """One dose operator a direction, for all body voxels in C order."""
-        with _mapping() as each:
+        with _mapping(self.threads) as each:
             return list(each(lambda direction: direction.field(self.index), self.directions))
 
     def volume(self, body_values: np.ndarray) -> np.ndarray:
@@ -154,7 +155,7 @@ class BeamModel:
 
     def plan(self, fluences: list[np.ndarray]) -> Plan:
         """The plan of one fluence a direction."""
-        with _mapping() as each:
+        with _mapping(self.threads) as each:
             dose = _total(each, self.fields, fluences)
         return Plan(self.volume(dose), fluences, [d.u_mm for d in self.directions], [d.w_mm for d in self.directions],
                     [d.gantry_deg for d in self.directions])
@@ -197,7 +198,7 @@ def plan_dose(case: Case, objectives: Sequence[Objective] | None = None, *, beam
 
     main = next(iter(case.targets))
     start_on = np.flatnonzero(regions[main]), case.targets[main]
-    plan = beams.plan(_optimise(_fields_at(beams, voxels), loss, iterations, start_on))
+    plan = beams.plan(_optimise(_fields_at(beams, voxels), loss, iterations, start_on, beams.threads))
     if not normalise:
         return plan
     scale = case.targets[main] / max(float(np.percentile(plan.dose_gy[case.masks[main]], 5)), 1e-3)
@@ -221,7 +222,7 @@ def mimic_dose(case: Case, dose_gy: np.ndarray, *, beamlet_mm: float = 5.0, iter
         return float(np.dot(error, error) / error.size), 2.0 * error / error.size
 
     start_on = slice(None), float(wanted.mean())
-    return beams.plan(_optimise(_fields_at(beams, voxels), loss, iterations, start_on, smoothing=0.0))
+    return beams.plan(_optimise(_fields_at(beams, voxels), loss, iterations, start_on, beams.threads, smoothing=0.0))
 
 
 def case_directions(case: Case, beamlet_mm: float, max_directions: int, margin_mm: float = 6.0) -> list[Direction]:
@@ -282,12 +283,11 @@ def _terms(case: Case, objectives: Sequence[Objective], regions) -> list[tuple]:
 
 
 @contextmanager
-def _mapping() -> Iterator[Callable]:
-    """``map`` over as many threads as torch computes with, in the order of its input: the bits do not depend on them.
+def _mapping(threads: int) -> Iterator[Callable]:
+    """``map`` over some threads, in the order of its input.
 
-    A data loader's worker has one. SciPy's sparse products and interpolation and NumPy's products release the lock.
+    SciPy's sparse products and interpolation and NumPy's products release Python's lock.
     """
-    threads = torch.get_num_threads()
     if threads < 2:
         yield map
         return
@@ -297,7 +297,7 @@ def _mapping() -> Iterator[Callable]:
 
 def _fields_at(beams: BeamModel, voxels: np.ndarray) -> list[Field]:
     fields = beams.fields
-    with _mapping() as each:
+    with _mapping(beams.threads) as each:
         return list(each(lambda field: field.at(voxels), fields))
 
 
@@ -305,7 +305,8 @@ def _total(each: Callable, fields: Sequence[Field], fluences: Sequence[np.ndarra
     return sum(each(lambda pair: pair[0].forward(pair[1]), zip(fields, fluences, strict=True)))
 
 
-def _optimise(fields: list[Field], loss, iterations: int, start_on, smoothing: float = 0.02) -> list[np.ndarray]:
+def _optimise(fields: list[Field], loss, iterations: int, start_on, threads: int,
+              smoothing: float = 0.02) -> list[np.ndarray]:
     """Non-negative fluences that minimise ``loss(dose) -> (value, gradient)``, by L-BFGS-B from a uniform start.
 
     ``start_on`` is ``(voxels, mean dose in Gy)``: the uniform fluence begins at that mean over those voxels.
@@ -318,7 +319,7 @@ def _optimise(fields: list[Field], loss, iterations: int, start_on, smoothing: f
             fluence[field.active] = x[a:b]
         return fluences
 
-    with _mapping() as each:
+    with _mapping(threads) as each:
 
         def value_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
             fluences = unpack(x)
