@@ -92,7 +92,7 @@ def test_same_case_gives_the_same_plan(case, beams):
     assert np.array_equal(first, again)
 
 
-def test_threads_do_not_change_a_bit(case, plan):
+def test_threads_do_not_change_a_bit(case):
     threaded = plan_dose(case, TARGET, beams=BeamModel(case, beamlet_mm=8.0, threads=3))
     single = plan_dose(case, TARGET, beams=BeamModel(case, beamlet_mm=8.0))
     assert np.array_equal(threaded.dose_gy, single.dose_gy)
