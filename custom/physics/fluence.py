@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -132,20 +130,17 @@ class BeamModel:
         beamlet_mm: beamlet size at the isocentre.
         max_directions: arcs are sampled by at most so many directions.
         margin_mm: beamlets open up to this far outside the targets' projection.
-        threads: that compute the directions; the bits do not depend on them.
     """
 
-    def __init__(self, case: Case, beamlet_mm: float = 6.0, max_directions: int = 24, margin_mm: float = 6.0,
-                 threads: int = 1) -> None:
-        self.case, self.threads = case, threads
+    def __init__(self, case: Case, beamlet_mm: float = 6.0, max_directions: int = 24, margin_mm: float = 6.0) -> None:
+        self.case = case
         self.index = np.nonzero(case.body)
         self.directions = case_directions(case, beamlet_mm, max_directions, margin_mm)
 
     @cached_property
     def fields(self) -> list[Field]:
         """One dose operator a direction, for all body voxels in C order."""
-        with _mapping(self.threads) as each:
-            return list(each(lambda direction: direction.field(self.index), self.directions))
+        return [direction.field(self.index) for direction in self.directions]
 
     def volume(self, body_values: np.ndarray) -> np.ndarray:
         """Values of the body's voxels as an array on the case's grid."""
@@ -155,8 +150,7 @@ class BeamModel:
 
     def plan(self, fluences: list[np.ndarray]) -> Plan:
         """The plan of one fluence a direction."""
-        with _mapping(self.threads) as each:
-            dose = _total(each, self.fields, fluences)
+        dose = sum(field.forward(fluence) for field, fluence in zip(self.fields, fluences, strict=True))
         return Plan(self.volume(dose), fluences, [d.u_mm for d in self.directions], [d.w_mm for d in self.directions],
                     [d.gantry_deg for d in self.directions])
 
@@ -198,7 +192,7 @@ def plan_dose(case: Case, objectives: Sequence[Objective] | None = None, *, beam
 
     main = next(iter(case.targets))
     start_on = np.flatnonzero(regions[main]), case.targets[main]
-    plan = beams.plan(_optimise(_fields_at(beams, voxels), loss, iterations, start_on, beams.threads))
+    plan = beams.plan(_optimise([f.at(voxels) for f in beams.fields], loss, iterations, start_on))
     if not normalise:
         return plan
     scale = case.targets[main] / max(float(np.percentile(plan.dose_gy[case.masks[main]], 5)), 1e-3)
@@ -222,7 +216,7 @@ def mimic_dose(case: Case, dose_gy: np.ndarray, *, beamlet_mm: float = 5.0, iter
         return float(np.dot(error, error) / error.size), 2.0 * error / error.size
 
     start_on = slice(None), float(wanted.mean())
-    return beams.plan(_optimise(_fields_at(beams, voxels), loss, iterations, start_on, beams.threads, smoothing=0.0))
+    return beams.plan(_optimise([f.at(voxels) for f in beams.fields], loss, iterations, start_on, smoothing=0.0))
 
 
 def case_directions(case: Case, beamlet_mm: float, max_directions: int, margin_mm: float = 6.0) -> list[Direction]:
@@ -282,31 +276,7 @@ def _terms(case: Case, objectives: Sequence[Objective], regions) -> list[tuple]:
     return terms
 
 
-@contextmanager
-def _mapping(threads: int) -> Iterator[Callable]:
-    """``map`` over some threads, in the order of its input.
-
-    SciPy's sparse products and interpolation and NumPy's products release Python's lock.
-    """
-    if threads < 2:
-        yield map
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        yield pool.map
-
-
-def _fields_at(beams: BeamModel, voxels: np.ndarray) -> list[Field]:
-    fields = beams.fields
-    with _mapping(beams.threads) as each:
-        return list(each(lambda field: field.at(voxels), fields))
-
-
-def _total(each: Callable, fields: Sequence[Field], fluences: Sequence[np.ndarray]) -> np.ndarray:
-    return sum(each(lambda pair: pair[0].forward(pair[1]), zip(fields, fluences, strict=True)))
-
-
-def _optimise(fields: list[Field], loss, iterations: int, start_on, threads: int,
-              smoothing: float = 0.02) -> list[np.ndarray]:
+def _optimise(fields: list[Field], loss, iterations: int, start_on, smoothing: float = 0.02) -> list[np.ndarray]:
     """Non-negative fluences that minimise ``loss(dose) -> (value, gradient)``, by L-BFGS-B from a uniform start.
 
     ``start_on`` is ``(voxels, mean dose in Gy)``: the uniform fluence begins at that mean over those voxels.
@@ -319,26 +289,26 @@ def _optimise(fields: list[Field], loss, iterations: int, start_on, threads: int
             fluence[field.active] = x[a:b]
         return fluences
 
-    with _mapping(threads) as each:
+    def total(fluences) -> np.ndarray:
+        return sum(field.forward(fluence) for field, fluence in zip(fields, fluences, strict=True))
 
-        def value_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
-            fluences = unpack(x)
-            value, gradient = loss(_total(each, fields, fluences))
-            out, residual = np.empty_like(x), gradient.astype(np.float32)
-            backs = each(lambda field: field.adjoint(residual), fields)
-            for field, fluence, back, a, b in zip(fields, fluences, backs, offsets[:-1], offsets[1:], strict=True):
-                if smoothing:
-                    rough, slope = _roughness(fluence)
-                    value, back = value + smoothing * rough, back + smoothing * slope
-                out[a:b] = back[field.active]
-            return value, out
+    def value_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
+        fluences = unpack(x)
+        value, gradient = loss(total(fluences))
+        out = np.empty_like(x)
+        for field, fluence, a, b in zip(fields, fluences, offsets[:-1], offsets[1:], strict=True):
+            back = field.adjoint(gradient.astype(np.float32))
+            if smoothing:
+                rough, slope = _roughness(fluence)
+                value, back = value + smoothing * rough, back + smoothing * slope
+            out[a:b] = back[field.active]
+        return value, out
 
-        ones = np.ones(offsets[-1])
-        voxels, level = start_on
-        ones *= level / max(float(_total(each, fields, unpack(ones))[voxels].mean()), 1e-6)
-        result = optimize.minimize(
-            value_and_gradient, ones, jac=True, method="L-BFGS-B", bounds=[(0, None)] * ones.size,
-            options={"maxiter": iterations, "maxcor": 8, "maxfun": 2 * iterations})
+    ones = np.ones(offsets[-1])
+    voxels, level = start_on
+    ones *= level / max(float(total(unpack(ones))[voxels].mean()), 1e-6)
+    result = optimize.minimize(value_and_gradient, ones, jac=True, method="L-BFGS-B", bounds=[(0, None)] * ones.size,
+                               options={"maxiter": iterations, "maxcor": 8, "maxfun": 2 * iterations})
     return unpack(result.x)
 
 

@@ -73,7 +73,7 @@ class Conditions:
 
     @cached_property
     def beam_model(self) -> BeamModel:
-        return BeamModel(self.case, self.beamlet_mm, threads=torch.get_num_threads())  # one in a data loader's worker
+        return BeamModel(self.case, self.beamlet_mm)
 
     @cached_property
     def beam_paths(self) -> dict[str, np.ndarray]:
