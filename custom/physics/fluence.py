@@ -318,7 +318,8 @@ def _roughness(fluence: np.ndarray) -> tuple[float, np.ndarray]:
     for axis in (0, 1):
         step = np.diff(fluence, axis=axis)
         value += float((step**2).sum())
-        padding = [(0, 0), (0, 0)]
-        padding[axis] = (1, 1)
-        gradient -= 2.0 * np.diff(np.pad(step, padding), axis=axis)
+        inner, outer = [slice(None)] * 2, [slice(None)] * 2
+        inner[axis], outer[axis] = slice(1, None), slice(None, -1)
+        gradient[tuple(inner)] += 2.0 * step
+        gradient[tuple(outer)] -= 2.0 * step
     return value, gradient

@@ -87,10 +87,9 @@ class Field:
 
     def adjoint(self, residual: np.ndarray) -> np.ndarray:
         """Transpose of :meth:`forward`: from the voxels back to ``(n_u, n_w)``."""
-        fine = self._sampling_t @ (self.depth * residual[:, None])
-        shape = (self.spread_u[0].shape[0], self.spread_w[0].shape[0])
-        pairs = enumerate(zip(self.spread_u, self.spread_w, strict=True))
-        return sum(u.T @ fine[:, k].reshape(shape) @ w for k, (u, w) in pairs)
+        fine = np.ascontiguousarray((self._sampling_t @ (self.depth * residual[:, None])).T)
+        fine = fine.reshape(-1, self.spread_u[0].shape[0], self.spread_w[0].shape[0])
+        return sum(u.T @ plane @ w for u, plane, w in zip(self.spread_u, fine, self.spread_w, strict=True))
 
 
 class Direction:
@@ -149,18 +148,31 @@ class Direction:
         self._starts = np.array([t.min() - 3 * step, limit_u[0] - 2 * step, limit_w[0] - 2 * step])
         stops = (t.max() + 3 * step, limit_u[1] + 2 * step, limit_w[1] + 2 * step)
         axes = [np.arange(a, b, step) for a, b in zip(self._starts, stops, strict=True)]
-        t, u, w = np.meshgrid(*axes, indexing="ij", sparse=True)
-        spread = t / SAD_MM
-        x = self.isocenter_mm[0] + (SAD_MM - t) * self._to_source[0] + u * spread * self._u_axis[0]
-        y = self.isocenter_mm[1] + (SAD_MM - t) * self._to_source[1] + u * spread * self._u_axis[1]
-        z = self.isocenter_mm[2] + w * spread
-        point = [(p - a[0]) / s for p, a, s in zip((x, y, z), self._axes, self._spacing, strict=True)]
-        shape = tuple(a.size for a in axes)
-        local = ndimage.map_coordinates(density, [np.broadcast_to(p, shape) for p in point], order=1, cval=0.0)
-        oblique = np.sqrt(1.0 + (u[0] ** 2 + w[0] ** 2) / SAD_MM**2)
+        t, u, w = axes
+        local = self._resampled(density, t, u, w)
+        oblique = np.sqrt(1.0 + (u[:, None] ** 2 + w[None, :] ** 2) / SAD_MM**2)
         self._step = step
         self._depth = (np.cumsum(local, axis=0) - 0.5 * local) * step * oblique
         self._local = ndimage.gaussian_filter(local, 8.0 / step)
+
+    def _resampled(self, volume: np.ndarray, t: np.ndarray, u: np.ndarray, w: np.ndarray) -> np.ndarray:
+        """``volume`` on the divergent grid, linearly, zero outside: across the couch first, then along it."""
+        spread = t[:, None] / SAD_MM
+        along, across = SAD_MM - t[:, None], u[None, :] * spread
+        x, y = (self.isocenter_mm[a] + along * self._to_source[a] + across * self._u_axis[a] for a in (0, 1))
+        z = self.isocenter_mm[2] + w[None, :] * spread
+        i, j, k = ((p - axis[0]) / step for p, axis, step in zip((x, y, z), self._axes, self._spacing, strict=True))
+        n_i, n_j, n_k = volume.shape
+        inside = ((i >= 0) & (i <= n_i - 1) & (j >= 0) & (j <= n_j - 1)).ravel()
+        planes = _bilinear(i.ravel()[inside], j.ravel()[inside], n_i, n_j, inside) @ volume.reshape(n_i * n_j, n_k)
+        planes = planes.reshape(t.size, u.size, n_k)
+        out = np.zeros((t.size, u.size, w.size), dtype=np.float32)
+        for plane, row, here in zip(planes, k, out, strict=True):
+            within = (row >= 0) & (row <= n_k - 1)
+            first = np.minimum(row[within].astype(int), max(n_k - 2, 0))
+            share = (row[within] - first).astype(np.float32)
+            here[:, within] = plane[:, first] * (1 - share) + plane[:, np.minimum(first + 1, n_k - 1)] * share
+        return out
 
     def radiological_depth(self, index) -> np.ndarray:
         """Water-equivalent depth in mm of voxel indices ``(i, j, k)``."""
