@@ -143,6 +143,7 @@ def studies(tmp_path_factory) -> Path:
 
 
 SHORT = {"validation_share": 0.5, "val_interval": 2, "max_epochs": 4}
+EPOCHS = {"unet": 24}  # nothing bounds its output or plans for it: 4 epochs gave a real patient 235 Gy, 24 gave 71 Gy
 
 
 @pytest.fixture(scope="module", params=SYSTEMS)
@@ -150,7 +151,8 @@ def trained(request, studies, tmp_path_factory) -> tuple[str, Path]:
     """A system after a smoke training: its overlay, and the folder of its weights."""
     out = tmp_path_factory.mktemp(request.param)
     overlay = f"systems/{request.param}.json"
-    run("train", "train.json", "smoke.json", overlay, dataset_dir=studies, output_dir=out, **SHORT)
+    options = {**SHORT, "max_epochs": EPOCHS.get(request.param, SHORT["max_epochs"])}
+    run("train", "train.json", "smoke.json", overlay, dataset_dir=studies, output_dir=out, **options)
     return overlay, out
 
 
@@ -180,11 +182,9 @@ def test_real_patient_gets_an_rtdose(trained, shared_dir, tmp_path):
     rtdose = pydicom.dcmread(tmp_path / "out" / "hn_onkodicom" / "RTDOSE.dcm")
     dose_gy = rtdose.pixel_array * float(rtdose.DoseGridScaling)
     assert dose_gy.shape == (186, 512, 512) and rtdose.DoseUnits == "GY"
-    assert np.isfinite(dose_gy).all() and dose_gy.min() >= 0 and dose_gy.max() > 0
-    # The U-Net's output has no upper bound and seconds have not taught it one: what is implausible is told.
+    assert np.isfinite(dose_gy).all() and dose_gy.min() >= 0 and 0 < dose_gy.max() < 100
     warnings = json.loads((tmp_path / "out" / "hn_onkodicom" / "report.json").read_text())["warnings"]
     assert any("hottest voxel" in text for text in warnings) == (dose_gy.max() > 1.25 * 70)
-    assert "unet" in overlay or dose_gy.max() < 100
 
 
 @pytest.mark.slow
