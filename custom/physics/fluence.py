@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from scipy import ndimage, optimize
+from threadpoolctl import threadpool_limits
 
 from custom.case import BODY, Case, CaseError
 from custom.physics.limits import follow, own_objectives, read_protocol
@@ -307,8 +308,10 @@ def _optimise(fields: list[Field], loss, iterations: int, start_on, smoothing: f
     ones = np.ones(offsets[-1])
     voxels, level = start_on
     ones *= level / max(float(total(unpack(ones))[voxels].mean()), 1e-6)
-    result = optimize.minimize(value_and_gradient, ones, jac=True, method="L-BFGS-B", bounds=[(0, None)] * ones.size,
-                               options={"maxiter": iterations, "maxcor": 8, "maxfun": 2 * iterations})
+    with threadpool_limits(1, user_api="blas"):  # small products, on which two threads take three times as long
+        result = optimize.minimize(value_and_gradient, ones, jac=True, method="L-BFGS-B",
+                                   bounds=[(0, None)] * ones.size,
+                                   options={"maxiter": iterations, "maxcor": 8, "maxfun": 2 * iterations})
     return unpack(result.x)
 
 
