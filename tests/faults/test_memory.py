@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_input.bundle_runs import ROOT, command, small_network
+from tests.bad_input.bundle_runs import CONFIGS, ROOT, command, small_network
 from tests.faults.large_study import SHAPE, STRUCTURES, write_large_study
 
 MAX_READ_MB, MAX_RUN_MB = 3000, 4000
+WEIGHTS = ROOT / "bundle" / "models" / "model.pt"
 READ = "import sys; from custom.io import read_case; case = read_case(sys.argv[1]); sys.exit(len(case.masks))"
 pytestmark = pytest.mark.slow
 
@@ -38,11 +39,15 @@ def test_memory_of_reading(study, tmp_path, capsys):
     assert peak < MAX_READ_MB
 
 
-def test_memory_of_a_whole_run(study, tmp_path, capsys):
-    overlay = small_network(tmp_path / "network")
+@pytest.mark.parametrize("network", ["small untrained", "shipped"])
+def test_memory_of_a_whole_run(study, tmp_path, capsys, network):
+    if network == "shipped" and not WEIGHTS.is_file():
+        pytest.skip(f"no trained weights at {WEIGHTS}")
+    overlay = small_network(tmp_path / "network") if network != "shipped" else CONFIGS / "inference.json"
     arguments = command(overlay, dataset_dir=study, output_dir=tmp_path / "out")
     code, peak, seconds = peak_mb(arguments, tmp_path / "log")
     assert code == 0, (tmp_path / "log").read_text()[-2000:]
     with capsys.disabled():
-        print(f"\npredicting {SHAPE} voxels with {STRUCTURES} structures: peak {peak} MB, {seconds:.0f} s CPU")
+        print(f"\npredicting {SHAPE} voxels with {STRUCTURES} structures, {network} network: peak {peak} MB, "
+              f"{seconds:.0f} s CPU")
     assert peak < MAX_RUN_MB
