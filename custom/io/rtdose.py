@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -298,12 +299,12 @@ def _fill_pixels(ds: Dataset, dose_gy: np.ndarray, bits: int) -> None:
     ds.DoseGridScaling = _ds(scaling)
     ds.BitsAllocated = ds.BitsStored = bits
     ds.HighBit, ds.PixelRepresentation = bits - 1, 0
-    frames = np.empty(dose_gy.shape[::-1], dtype=np.uint32 if bits == 32 else np.uint16)
+    buffer = io.BytesIO()  # gives its bytes away without a copy: a large dose lies in memory once
     for k in range(dose_gy.shape[2]):
         plane = np.clip(dose_gy[:, :, k].T.astype(np.float64), 0.0, None)
-        frames[k] = np.minimum(np.rint(plane / scaling), top)
-    data = frames.astype(frames.dtype.newbyteorder("<"), copy=False).tobytes()
-    ds.PixelData = data + b"\0" * (len(data) % 2)
+        buffer.write(np.minimum(np.rint(plane / scaling), top).astype("<u4" if bits == 32 else "<u2").tobytes())
+    buffer.write(b"\0" * (buffer.tell() % 2))
+    ds.PixelData = buffer.getvalue()
     ds["PixelData"].VR = "OW"
 
 

@@ -204,7 +204,9 @@ class ConditionChannelsd(MapTransform):
         for key in self.key_iterator(out):
             case: Case = out[key]
             conditions = Conditions(case, self.plan_options, self.plan_beamlet_mm, self.trade_offs)
-            spatial = np.stack([conditions.build(name) for name in self.spatial_channels]).astype(np.float32)
+            spatial = np.empty((len(self.spatial_channels), *case.grid.shape), dtype=np.float32)
+            for channel, name in zip(spatial, self.spatial_channels, strict=True):
+                channel[:] = conditions.build(name)
             affine = torch.as_tensor(case.grid.ras_affine)
             out[Keys.IMAGE] = MetaTensor(torch.from_numpy(spatial), affine=affine)
             out[CONTEXT] = torch.tensor([float(conditions.build(name)) for name in self.context_channels])
