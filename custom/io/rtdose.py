@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import datetime
 import io
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pydicom
@@ -28,6 +29,7 @@ PREDICTED = "PREDICTED DOSE - NOT FOR CLINICAL USE"
 IMPLEMENTATION_UID = "1.2.826.0.1.3680043.8.498.72947202530513462047517316414105470265"
 HIGHEST_GY = 200.0
 FINEST_GY = 1e-6
+TOP = {32: 2**31 - 1, 16: 2**16 - 1}  # highest stored value by bits
 
 
 @dataclass(frozen=True)
@@ -206,9 +208,9 @@ def write_rtdose(
     dose_gy, affine = _to_frames(np.asarray(dose_gy), grid)
     dataset = _header(references, description)
     _fill_geometry(dataset, dose_gy.shape, affine)
-    _fill_pixels(dataset, dose_gy, bits)
+    _fill_scaling(dataset, dose_gy, bits)
     _fill_plan(dataset, references)
-    _save_whole(dataset, path)
+    _save_whole(dataset, path, dose_gy)
 
 
 def _to_frames(dose_gy: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
@@ -286,11 +288,10 @@ def _fill_geometry(ds: Dataset, shape: tuple[int, int, int], affine: np.ndarray)
     ds.GridFrameOffsetVector = [_ds(spacing[2] * k) for k in range(shape[2])]
 
 
-def _fill_pixels(ds: Dataset, dose_gy: np.ndarray, bits: int) -> None:
-    """Quantise with the scaling as it is written; stored values stay below 2^31 for signed readers."""
+def _fill_scaling(ds: Dataset, dose_gy: np.ndarray, bits: int) -> None:
+    """The scaling as it is written; stored values stay below 2^31 for signed readers."""
     highest = max(float(dose_gy.max()), 0.0)
-    top = 2**31 - 1 if bits == 32 else 2**16 - 1
-    exact = max(highest / top, FINEST_GY if bits == 32 else 1e-9)
+    exact = max(highest / TOP[bits], FINEST_GY if bits == 32 else 1e-9)
     scaling = float(_ds(exact))
     if scaling < exact:  # rounded down: the maximum would not fit
         scaling = float(_ds(exact * (1 + 1e-8)))
@@ -299,13 +300,19 @@ def _fill_pixels(ds: Dataset, dose_gy: np.ndarray, bits: int) -> None:
     ds.DoseGridScaling = _ds(scaling)
     ds.BitsAllocated = ds.BitsStored = bits
     ds.HighBit, ds.PixelRepresentation = bits - 1, 0
-    buffer = io.BytesIO()  # gives its bytes away without a copy: a large dose lies in memory once
+
+
+def _write_pixels(file: BinaryIO, dose_gy: np.ndarray, scaling: float, bits: int) -> None:
+    """Pixel Data, the last element, frame by frame behind the others: pydicom would hold a large dose three times.
+
+    Explicit VR Little Endian (PS3.5 7.1.2): tag, ``OW``, two reserved bytes, 32-bit length, which is even.
+    """
+    length = dose_gy.size * bits // 8
+    file.write(struct.pack("<HH2s2xI", 0x7FE0, 0x0010, b"OW", length + length % 2))
     for k in range(dose_gy.shape[2]):
         plane = np.clip(dose_gy[:, :, k].T.astype(np.float64), 0.0, None)
-        buffer.write(np.minimum(np.rint(plane / scaling), top).astype("<u4" if bits == 32 else "<u2").tobytes())
-    buffer.write(b"\0" * (buffer.tell() % 2))
-    ds.PixelData = buffer.getvalue()
-    ds["PixelData"].VR = "OW"
+        file.write(np.minimum(np.rint(plane / scaling), TOP[bits]).astype(f"<u{bits // 8}").tobytes())
+    file.write(b"\0" * (length % 2))
 
 
 def _fill_plan(ds: Dataset, references: Mapping[str, Any]) -> None:
@@ -346,10 +353,12 @@ def _ds(value: float) -> str:
     return "0.0" if float(text) == 0 else text
 
 
-def _save_whole(ds: FileDataset, path: Path) -> None:
+def _save_whole(ds: FileDataset, path: Path, dose_gy: np.ndarray) -> None:
     with whole_file(path) as part, part.open("wb") as file:
         if int(pydicom.__version_info__[0]) >= 3:
             ds.save_as(file, enforce_file_format=True)
         else:
             ds.is_little_endian, ds.is_implicit_VR = True, False
             ds.save_as(file, write_like_original=False)
+        file.seek(0, io.SEEK_END)
+        _write_pixels(file, dose_gy, float(ds.DoseGridScaling), int(ds.BitsAllocated))
