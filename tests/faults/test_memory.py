@@ -13,7 +13,6 @@ from tests.bad_input.bundle_runs import CONFIGS, ROOT, command, small_network
 from tests.faults.large_study import SHAPE, STRUCTURES, write_large_study
 
 MAX_READ_MB, MAX_RUN_MB = 3000, {"small untrained": 4000, "shipped": 5000}
-WEIGHTS = ROOT / "bundle" / "models" / "model.pt"
 READ = "import sys; from custom.io import read_case; case = read_case(sys.argv[1]); sys.exit(len(case.masks))"
 pytestmark = pytest.mark.slow
 
@@ -41,8 +40,6 @@ def test_memory_of_reading(study, tmp_path, capsys):
 
 @pytest.mark.parametrize("network", MAX_RUN_MB)
 def test_memory_of_a_whole_run(study, tmp_path, capsys, network):
-    if network == "shipped" and not WEIGHTS.is_file():
-        pytest.skip(f"no trained weights at {WEIGHTS}")
     overlay = small_network(tmp_path / "network") if network != "shipped" else CONFIGS / "inference.json"
     arguments = command(overlay, dataset_dir=study, output_dir=tmp_path / "out")
     code, peak, seconds = peak_mb(arguments, tmp_path / "log")
