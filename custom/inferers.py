@@ -269,18 +269,23 @@ class DoseDiffusionInferer(Inferer):
         total = 0.0
         for axes in self.flips:
             image = self._flip(inputs, axes)
-            prior = self._prior(image, network)
-            if self.window is None:
-                doses = self._predict(image, network, generator, prior)
-            elif prior is None:
-                doses = self.window(image, lambda patch: self._predict(patch, network, generator))
-            else:  # the windows get their part of it, so that it is the same as without them
-                both = torch.cat([image, prior], dim=1)
-                doses = self.window(
-                    both, lambda patch: self._predict(patch[:, :-1], network, generator, patch[:, -1:])
-                )
+            doses = self._volume(image, network, generator)
             total = total + torch.flip(doses, [a + 2 for a in axes])
         return (total / len(self.flips)).transpose(0, 1).unsqueeze(2)
+
+    def _volume(self, image: Tensor, network: nn.Module, generator: torch.Generator | None) -> Tensor:
+        """Doses ``(B, K, X, Y, Z)`` of an image, in windows where they are wanted."""
+        prior, start = self._prior(image, network), self._start(image, generator)
+        if self.window is None:
+            return self._predict(image, network, generator, start, prior)
+        n, k = image.shape[1], image.shape[1] + self.num_samples
+
+        def predict(patch: Tensor) -> Tensor:
+            known = None if prior is None else patch[:, k:]
+            return self._predict(patch[:, :n], network, generator, patch[:, n:k], known)
+
+        # Every window gets its part of the start and the prior, so that they are the same as without windows.
+        return self.window(torch.cat([image, start, *([] if prior is None else [prior])], dim=1), predict)
 
     def _flip(self, image: Tensor, axes: list[int]) -> Tensor:
         if not axes:
@@ -308,26 +313,43 @@ class DoseDiffusionInferer(Inferer):
         overlap = [min(o, n - 1) for o, n in zip(overlap, size)]
         return LinearDecaySlidingWindowInferer(size, overlap, sw_batch_size=self.sw_batch_size)(image, predict)
 
+    def _start(self, image: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Where each sample starts at t = T, ``(B, K, X, Y, Z)``: unit noise, or zero."""
+        shape = (image.shape[0], self.num_samples, *image.shape[2:])
+        if not self.stochastic:
+            return image.new_zeros(shape, dtype=torch.float32)
+        return torch.randn(shape, generator=generator).to(image.device)
+
     def _predict(
-        self, image: Tensor, network: nn.Module, generator: torch.Generator | None, prior: Tensor | None = None
+        self,
+        image: Tensor,
+        network: nn.Module,
+        generator: torch.Generator | None,
+        start: Tensor,
+        prior: Tensor | None,
     ) -> Tensor:
         """Doses ``(B, K, X, Y, Z)`` of an image or a window of it; the conditions are encoded once."""
         with self._autocast(image):
             protocols = None if self.guidance is None else self.guidance.protocols(image)
-            if getattr(network, "denoiser", None) is None:
-                dose = self._in_prior_windows(image, network).float()
+            if self._in_one_pass(network):
+                # A copy, since MONAI's windows weigh what they are given in place.
+                dose = self._in_prior_windows(image, network).float() if prior is None else prior.clone()
                 dose = dose if protocols is None else self.guidance(dose, protocols)
                 return dose.expand(-1, self.num_samples, -1, -1, -1)
             conditions = network.encode(image) if prior is None else network.encode(image, prior)
             guide = None if protocols is None else self._guide(network, conditions, protocols)
             doses = []
-            for _ in range(self.num_samples):
-                x_t = torch.zeros_like(image[:, :1], dtype=torch.float32)
-                if self.stochastic:
-                    x_t = torch.randn(x_t.shape, generator=generator).to(x_t)
+            for x_t in start.split(1, dim=1):
                 x0 = sample_x0(network, x_t, conditions, self.num_inference_steps, generator, guide)
                 doses.append(network.to_dose(x0, conditions).float())
         return torch.cat(doses, dim=1)
+
+    def _in_one_pass(self, network: nn.Module) -> bool:
+        """Whether the network called once says all: it has no denoiser, or one step is not to go beyond its prior."""
+        if getattr(network, "denoiser", None) is None:
+            return True
+        one_step = self.num_inference_steps == 1 and not self.stochastic
+        return one_step and getattr(network, "one_step_is_prior", False)
 
     def _guide(self, network: nn.Module, conditions: Any, protocols: list[Protocol]) -> Callable[[Tensor], Tensor]:
         """The guidance as a map of ``x_0``; the dose is an affine function of it, but for its cut at zero."""

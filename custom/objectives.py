@@ -83,9 +83,6 @@ class DiffusionObjective:
         snr_limit: see above.
         one_step_share: share of the batches at t = T from ``x_T = 0``, which is what one deterministic step sees;
             their L1 error is in units of x_0, so that it weighs as much as the noisy batches.
-        one_step_target: ``"dose"``, or ``"prior"`` of a network that has one: x_T = 0 tells nothing that the prior's
-            conditions do not, so the best one-step prediction there is the prior itself, and the step is taught to
-            leave it as it is instead of its own noise.
         kind: ``"mse"`` or ``"l1"``.
         generator: random numbers on the CPU; torch's own by default.
     """
@@ -94,17 +91,13 @@ class DiffusionObjective:
         self,
         snr_limit: float | None = 5.0,
         one_step_share: float = 0.25,
-        one_step_target: str = "dose",
         kind: str = "mse",
         generator: torch.Generator | None = None,
     ) -> None:
         if kind not in ("mse", "l1"):
             raise CaseError(f"diffusion objective: kind {kind!r}; expected 'mse' or 'l1'")
         self.snr_limit = snr_limit
-        if one_step_target not in ("dose", "prior"):
-            raise CaseError(f"diffusion objective: one_step_target {one_step_target!r}; expected 'dose' or 'prior'")
         self.one_step_share = one_step_share
-        self.one_step_target = one_step_target
         self.kind = kind
         self.generator = generator
 
@@ -116,7 +109,7 @@ class DiffusionObjective:
         if self.one_step_share and float(torch.rand((), generator=self.generator)) < self.one_step_share:
             t = torch.full((image.shape[0],), last, device=image.device)
             x0_hat = network.denoise(torch.zeros_like(x0), t, conditions)
-            return {"one_step": masked_l1(x0_hat, self._one_step_x0(x0, conditions), body)}
+            return {"one_step": masked_l1(x0_hat, x0, body)}
         t = torch.randint(0, last + 1, (image.shape[0],), generator=self.generator).to(image.device)
         noise = torch.randn(x0.shape, generator=self.generator).to(x0)
         x_t = network.schedule.add_noise(x0, noise, t)
@@ -127,13 +120,6 @@ class DiffusionObjective:
         inside = (body > 0).to(error.dtype)
         per_patient = (error * weight * inside).sum((1, 2, 3, 4)) / inside.sum((1, 2, 3, 4)).clamp_min(1)
         return {"diffusion": per_patient.mean()}
-
-    def _one_step_x0(self, x0: Tensor, conditions: Any) -> Tensor:
-        if self.one_step_target == "dose":
-            return x0
-        if conditions.prior is None:
-            raise CaseError("diffusion objective: one_step_target 'prior' wants a network with a prior; found none")
-        return torch.zeros_like(x0)
 
     def _weight(self, schedule: nn.Module, t: Tensor) -> Tensor | float:
         """``min(SNR, limit)`` for the error of x_0, as a weight of the output's error (for the L1: its root)."""

@@ -12,6 +12,7 @@ from custom.inferers import (
     linear_decay_map,
     sample_x0,
 )
+from custom.networks.addiff_dose import ADDiffDose
 from custom.networks.blocks import NoiseSchedule
 
 
@@ -98,6 +99,67 @@ def test_dose_of_one_step_beside_the_samples_spread():
 def test_one_step_of_one_sample_is_deterministic():
     dose = DoseDiffusionInferer(seed=None)(torch.zeros(1, 2, 4, 4, 4), IdealDenoiser(0.5, 0.25))
     assert float(dose.std()) < 1e-6
+
+
+@pytest.fixture
+def with_prior() -> ADDiffDose:
+    """A network with a prior and a denoiser, neither of which answers nothing."""
+    torch.manual_seed(0)
+    small = {"channels": [4, 8], "encoder_blocks": [1, 1], "decoder_blocks": [1]}
+    network = ADDiffDose(
+        ["ct", "body", "plan_prior"],
+        prior=small,
+        denoiser={**small, "attention_levels": []},
+        structure_widths=None,
+        detail_channels=["plan_prior", "body"],
+        one_step="prior",
+    ).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return network
+
+
+@torch.no_grad()
+def test_one_step_leaves_the_prior_as_it_is_and_more_steps_do_not(with_prior):
+    image = torch.rand(1, 3, 16, 16, 16)
+    image[:, 1] = 1.0
+    prior = with_prior.predict_prior(image)
+    with_prior.one_step_is_prior = False
+    denoised = DoseDiffusionInferer()(image, with_prior)
+    with_prior.one_step_is_prior = True
+    for inferer in (DoseDiffusionInferer(), DoseDiffusionInferer(prior_roi_size=[16] * 3)):
+        torch.testing.assert_close(inferer(image, with_prior), prior, rtol=1e-6, atol=0)
+    assert torch.equal(with_prior(image), prior)
+    for other in (denoised, DoseDiffusionInferer(num_inference_steps=2)(image, with_prior),
+                  DoseDiffusionInferer(stochastic=True)(image, with_prior)):
+        assert float((other - prior).abs().max()) > 1e-3
+
+
+@torch.no_grad()
+def test_windows_do_not_change_the_one_step_dose(with_prior):
+    """The prior has windows of its own, and nothing else is predicted."""
+    image = torch.rand(1, 3, 24, 24, 24)
+    options = dict(prior_roi_size=[16] * 3, prior_overlap_voxels=8)
+    whole = DoseDiffusionInferer(**options)(image, with_prior)
+    windows = DoseDiffusionInferer(**options, roi_size=[16] * 3, overlap_voxels=4)(image, with_prior)
+    torch.testing.assert_close(windows, whole, rtol=0, atol=1e-6)
+
+
+def test_windows_start_from_the_noise_of_the_whole_volume():
+    """Where windows overlap, the mean of two draws would have less spread than either."""
+    image, network = torch.zeros(1, 2, 24, 24, 24), IdealDenoiser(0.5, 0.25)
+    options = dict(num_inference_steps=4, num_samples=2)
+    whole = DoseDiffusionInferer(**options).sample(image, network)
+    windows = DoseDiffusionInferer(**options, roi_size=[16] * 3, overlap_voxels=8).sample(image, network)
+    torch.testing.assert_close(windows, whole, rtol=0, atol=1e-5)
+    assert float((whole[0] - whole[1]).abs().mean()) > 0.1
+
+
+@pytest.mark.parametrize(("prior", "one_step"), [(None, "prior"), ({"channels": [4, 8]}, "mean")])
+def test_one_step_is_told_when_it_cannot_be(prior, one_step):
+    with pytest.raises(CaseError, match="expected 'denoiser', or 'prior' where there is one"):
+        ADDiffDose(["body"], prior=prior, denoiser={"channels": [4, 8]}, one_step=one_step)
 
 
 class Spatial(nn.Module):

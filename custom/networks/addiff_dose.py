@@ -71,6 +71,9 @@ class ADDiffDose(nn.Module):
         token_dim: width of the condition tokens.
         schedule: arguments of :class:`NoiseSchedule`.
         residual_scale: the diffused variable is ``(dose - prior) / residual_scale``; ``2 dose - 1`` without a prior.
+        one_step: what one deterministic step from t = T gives: the answer of the ``"denoiser"``, or the ``"prior"``. At
+            t = T the signal is gone (its scale is 0.006), x_T says nothing that the conditions do not, and the best
+            estimate is the mean that the prior has learnt; the denoiser then begins with the second step.
         frozen: parts without gradients, kept in eval mode (the paper fixes the VAE's encoder in stage 2).
 
     Raises:
@@ -90,15 +93,20 @@ class ADDiffDose(nn.Module):
         token_dim: int = 96,
         schedule: Mapping[str, Any] | None = None,
         residual_scale: float = 0.05,
+        one_step: str = "denoiser",
         frozen: Sequence[str] = ("ct_encoder",),
     ) -> None:
         super().__init__()
         if prior is None and denoiser is None:
             raise CaseError("ADDiffDose: neither a prior nor a denoiser; give the arguments of at least one")
+        if one_step not in ("denoiser", "prior") or (one_step == "prior" and prior is None):
+            found = f"{one_step!r} of a network {'without' if prior is None else 'with'} a prior"
+            raise CaseError(f"ADDiffDose: one_step {found}; expected 'denoiser', or 'prior' where there is one")
         self.channels = _ChannelMap(condition_channels, context_channels, structure_channels, detail_channels)
         n_spatial, n_context = len(self.channels.spatial), len(context_channels)
         n_detail = len(self.channels.detail)
         self.residual_scale, self.token_dim = residual_scale, token_dim
+        self.one_step_is_prior = denoiser is None or one_step == "prior"
         self.gain = nn.Parameter(torch.ones(())) if prior is not None and self.channels.plan is not None else None
         self.prior = None if prior is None else PriorBranch(n_spatial, n_detail, n_context, **prior)
         self.ct_encoder = None if ct_encoder is None else LightweightVAE3D(**ct_encoder)
@@ -202,8 +210,8 @@ class ADDiffDose(nn.Module):
         return dose.clamp_min(0) * _crop(conditions.body, conditions.size)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Default prediction: the dose after one deterministic step from t = T, or the prior without a denoiser."""
-        if self.denoiser is None:
+        """Default prediction: the dose after one deterministic step from t = T."""
+        if self.one_step_is_prior:
             return self.predict_prior(image).float()
         image = _plain(image)
         conditions = self.encode(image)

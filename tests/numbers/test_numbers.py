@@ -107,7 +107,7 @@ def test_windows(study, whole, tmp_path, capsys):
     mean, largest = difference(whole, predict(study, tmp_path, roi_size=[64, 64, 48], overlap_voxels=16))
     with capsys.disabled():
         print(f"\nwindows against the whole volume: mean {mean:.4f}, max {largest:.4f} Gy")
-    assert 0 < largest < AGREE_GY
+    assert largest < AGREE_GY  # nothing, where the prior is predicted in windows of its own
 
 
 @needs_weights

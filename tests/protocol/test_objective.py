@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from custom.case import CaseError
 from custom.engines import PhasedObjective
 from custom.networks.addiff_dose import ADDiffDose
 from custom.objectives import AutoencoderObjective, DiffusionObjective, RegressionObjective
@@ -85,33 +84,6 @@ def test_one_step_is_judged_on_the_dose_that_inference_gives(network, batch, los
     terms = ConstraintObjective(DiffusionObjective(one_step_share=1.0), loss)(network.eval(), batch)
     expected = loss(network(batch["image"]), batch["label"], batch["image"])
     assert float(terms["constraints"].detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
-
-
-def test_one_step_learns_to_leave_the_prior_as_it_is(network, batch):
-    objective = DiffusionObjective(one_step_share=1.0, one_step_target="prior")
-    image = batch["image"]
-    with torch.no_grad():
-        for parameter in network.denoiser.parameters():  # it begins as nothing
-            parameter.add_(0.1 * torch.randn_like(parameter))
-        conditions = network.encode(image)
-        t = torch.full((1,), network.schedule.num_train_timesteps - 1)
-        shift = network.denoise(torch.zeros_like(image[:, :1]), t, conditions).abs().mean()
-    assert float(objective(network, batch)["one_step"].detach()) == pytest.approx(float(shift), rel=1e-5)
-    optimizer = torch.optim.Adam(network.denoiser.parameters(), 3e-3)
-    for _ in range(100):
-        optimizer.zero_grad()
-        objective(network, batch)["one_step"].backward()
-        optimizer.step()
-    with torch.no_grad():
-        moved = (network(image) - network.predict_prior(image).clamp_min(0)).abs().mean() / network.residual_scale
-    assert float(shift) > 0.05 and float(moved) < 0.1 * float(shift)
-
-
-def test_one_step_target_is_told_when_it_cannot_be(batch):
-    with pytest.raises(CaseError, match="expected 'dose' or 'prior'"):
-        DiffusionObjective(one_step_target="mean")
-    with pytest.raises(CaseError, match="wants a network with a prior"):
-        DiffusionObjective(one_step_share=1.0, one_step_target="prior")(make_network(with_prior=False), batch)
 
 
 def test_objectives_without_a_dose_have_no_term_and_phases_change(network, batch, loss):
