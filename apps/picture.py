@@ -1,14 +1,18 @@
-"""Command line: the README's picture, a case's predicted dose and its DVH: ``picture.py CASE RESULTS PICTURE``.
+"""Command line: a case's predicted dose and its DVH: ``picture.py CASE RESULTS PICTURE``, as the README shows it.
 
-``CASE`` is the folder the dose was predicted for, ``RESULTS`` the folder with its ``dose.nii.gz``.
+``CASE`` is the folder the dose was predicted for, ``RESULTS`` the folder with its ``dose.nii.gz``. With ``--worst 3``
+both hold many cases, as ``run evaluate`` reads and leaves them, and the picture shows the three predictions farthest
+from their reference, without the CT.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import csv
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +22,54 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
+from scipy import ndimage
 
-from custom.case import BODY, Case
+from custom.case import BODY, Case, CaseError
 from custom.io import read_case
 from custom.report import BANNER, make_report
 from custom.report_pictures import ISODOSE_LINES, draw_views
 
 VIEW = "Centre of the high-dose target"
 SIZE_IN, DPI = (11.0, 7.4), 110
-MOST_CURVES = 9
+MOST_CURVES, COLOURS = 9, 200
+SUMMARY_ROWS = ("mean", "std")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Draw the picture the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0].split(": ", 1)[1])
-    parser.add_argument("case", type=Path, help="one case, as the bundle reads it")
-    parser.add_argument("results", type=Path, help="folder with its dose.nii.gz")
+    parser.add_argument("case", type=Path, help="one case, as the bundle reads it; with --worst a folder of cases")
+    parser.add_argument("results", type=Path, help="folder with its dose.nii.gz; with --worst that of `run evaluate`")
     parser.add_argument("picture", type=Path, help="PNG to write")
+    parser.add_argument("--worst", type=int, metavar="N", help="draw the N cases with the largest dose error")
     options = parser.parse_args(arguments)
-    case = read_case(options.case)
-    dose_gy = np.asarray(nib.load(options.results / "dose.nii.gz").dataobj, dtype=np.float32)
-    draw(case, dose_gy).save(options.picture, optimize=True)
+    if options.worst is None:
+        picture = draw(read_case(options.case), _dose(options.results))
+    else:
+        ranked = ranking(options.results / "metrics.csv")
+        cases = {name: read_case(options.case / name) for name in ranked[: options.worst]}
+        note = f"the {len(cases)} of {len(ranked)} cases with the largest dose error"
+        picture = draw_worst([(case, _dose(options.results / name)) for name, case in cases.items()], note)
+    picture.save(options.picture, optimize=True)
+
+
+def _dose(folder: Path) -> np.ndarray:
+    return np.asarray(nib.load(folder / "dose.nii.gz").dataobj, dtype=np.float32)
+
+
+def ranking(path: Path) -> list[str]:
+    """Names of the cases of a ``metrics.csv``, the largest dose error first.
+
+    Raises:
+        CaseError: no such file, or none of ``run evaluate``.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as stream:
+            errors = {row["case"]: float(row["openkbp_dose_error_gy"]) for row in csv.DictReader(stream)
+                      if row["case"] not in SUMMARY_ROWS}
+    except (OSError, KeyError, ValueError) as error:
+        raise CaseError(f"{path}: {error!r}; expected the metrics.csv that `run evaluate` leaves") from error
+    return sorted(errors, key=errors.__getitem__, reverse=True)
 
 
 def draw(case: Case, dose_gy: np.ndarray) -> Image.Image:
@@ -59,7 +90,47 @@ def draw(case: Case, dose_gy: np.ndarray) -> Image.Image:
     upper.legend(handles=keys, title=f"of {case.highest_prescription_gy:g} Gy", loc="outside right center",
                  fontsize=8, title_fontsize=8, handlelength=1.4)
     _draw_dvh(lower.subplots(), record)
-    figure.supxlabel(f"{case.name}: a synthetic patient. {BANNER}", fontsize=8, color="#555555")
+    return _rendered(figure, f"{case.name}: a synthetic patient. {BANNER}")
+
+
+def draw_worst(predictions: Sequence[tuple[Case, np.ndarray]], note: str) -> Image.Image:
+    """A row a case: the axial plane of its largest error, predicted, reference and difference; and its DVH."""
+    figure = Figure(figsize=(SIZE_IN[0] * 1.5, 3.6 * len(predictions)), dpi=DPI, layout="constrained")
+    for part, (case, dose_gy) in zip(np.atleast_1d(figure.subfigures(len(predictions), 1)), predictions):
+        record = make_report(case, dose_gy)
+        spot = largest_error(case, dose_gy)
+        error_gy = dose_gy[spot] - case.dose_gy[spot]
+        view = {"title": "", "index": list(spot), "dose_gy": float(dose_gy[spot])}
+        outlined = {roi: record["colours"][roi] for roi in case.prescription_gy}
+        rows = draw_views([view], replace(case, ct_hu=None), dose_gy, outlined)[0]["rows"]
+        *planes, histogram = part.subplots(1, len(rows) + 1, width_ratios=[1.0] * len(rows) + [1.5])
+        for axes, row in zip(planes, rows):
+            axes.imshow(Image.open(io.BytesIO(base64.b64decode(row["planes"]["axial"]))), interpolation="lanczos")
+            axes.set_axis_off()
+            axes.set_title(row["title"], fontsize=10)
+        mean_gy = float(np.abs(dose_gy - case.dose_gy)[case.body].mean())
+        part.suptitle(f"{case.name}: {mean_gy:.1f} Gy in the mean of the body, {error_gy:+.0f} Gy where it is worst",
+                      fontsize=11)
+        _draw_dvh(histogram, record)
+    colours = "Difference: red where the prediction is too hot, blue where too cold, full from 10 % of the prescription"
+    return _rendered(figure, f"{note[:1].upper()}{note[1:]}. {colours}. {BANNER}").quantize(COLOURS)
+
+
+def largest_error(case: Case, dose_gy: np.ndarray) -> tuple[int, int, int]:
+    """Voxel of the body around which the dose is farthest from the reference, in the mean of 15 mm.
+
+    Raises:
+        CaseError: the case has no reference dose.
+    """
+    if case.dose_gy is None:
+        raise CaseError(f"{case.name}: no reference dose; expected one to compare the prediction with")
+    voxels = np.maximum(np.rint(15.0 / case.grid.spacing_mm), 1).astype(int)
+    error = ndimage.uniform_filter(np.abs(dose_gy - case.dose_gy) * case.body, voxels)
+    return tuple(int(n) for n in np.unravel_index(np.where(case.body, error, -1.0).argmax(), error.shape))
+
+
+def _rendered(figure: Figure, foot: str) -> Image.Image:
+    figure.supxlabel(foot, fontsize=8, color="#555555")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())

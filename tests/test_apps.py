@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser
+from PIL import Image
 
-from custom.phantom import make_case, with_dose
+from custom.case import CaseError
+from custom.io import read_case
+from custom.io.nifti import write_nifti
+from custom.phantom import make_case, with_dose, write_study
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "bundle" / "configs"
@@ -98,3 +102,50 @@ def test_the_picture_shows_dose_and_dvh():
     for half in (upper, lower):
         coloured = half.max(axis=2).astype(int) - half.min(axis=2) > 60
         assert coloured.sum() > 500
+
+
+def test_the_worst_cases_are_found_and_drawn(tmp_path):
+    picture = script("picture.py")
+    cases, results = tmp_path / "cases", tmp_path / "results"
+    lines = ["case,openkbp_dose_error_gy,other"]
+    for seed, error_gy in ((3, 1.0), (4, 9.0)):
+        case = make_case("HeadNeck", seed, shape=(40, 40, 20))
+        dose = np.where(case.body, 30.0, 0.0).astype(np.float32)
+        write_study(with_dose(case, dose), cases / f"pt_{seed}", patient_id="ID")
+        (results / f"pt_{seed}").mkdir(parents=True)
+        read = read_case(cases / f"pt_{seed}")
+        write_nifti(results / f"pt_{seed}" / "dose.nii.gz", (30.0 + error_gy) * read.body, read.grid, "dose")
+        lines.append(f"pt_{seed},{error_gy},")
+    (results / "metrics.csv").write_text("\n".join([*lines, "mean,5,", "std,4,"]))
+    assert picture.ranking(results / "metrics.csv") == ["pt_4", "pt_3"]
+    sizes = []
+    for worst in (1, 2):
+        picture.main([str(cases), str(results), str(tmp_path / "worst.png"), "--worst", str(worst)])
+        with Image.open(tmp_path / "worst.png") as drawn:
+            pixels = np.asarray(drawn.convert("RGB")).astype(int)
+        sizes.append(pixels.shape[0])
+        too_hot = (pixels[..., 0] > 180) & (pixels[..., 1:].max(axis=2) < 80)
+        assert too_hot.sum() > 2000  # the wash of the difference
+    assert sizes[1] == 2 * sizes[0]
+
+
+def test_the_largest_error_is_where_it_was_put():
+    picture, case = script("picture.py"), make_case("HeadNeck", 3, shape=(40, 40, 20))
+    dose = np.where(case.body, 30.0, 0.0).astype(np.float32)
+    spot = tuple(np.argwhere(case.body)[case.body.sum() // 2])
+    wrong = dose.copy()
+    wrong[spot] += 50.0
+    wrong[0, 0, 0] += 500.0  # outside the body
+    found = picture.largest_error(with_dose(case, dose), wrong)
+    assert np.abs((np.array(found) - spot) * case.grid.spacing_mm).max() <= 15.0
+    with pytest.raises(CaseError, match="no reference dose"):
+        picture.largest_error(case, dose)
+
+
+@pytest.mark.parametrize("text", [None, "case,dose\na,1\n", "case,openkbp_dose_error_gy\na,much\n"])
+def test_metrics_that_are_none_are_refused(tmp_path, text):
+    path = tmp_path / "metrics.csv"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(CaseError, match="expected the metrics.csv that `run evaluate` leaves"):
+        script("picture.py").ranking(path)
