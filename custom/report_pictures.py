@@ -199,9 +199,8 @@ def _difference_wash(share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _to_png(picture: np.ndarray, lines, cross_px: tuple[float, float], letters: str) -> str:
     """Picture ``(height, width, 3)`` with lines, cross hair and the letters of the patient's sides."""
     height, width = picture.shape[:2]
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, frameon=False)
     canvas = FigureCanvasAgg(figure)
-    figure.figimage(np.clip(picture, 0, 1))
     x, y = cross_px
     hair = [np.array([[x, 0], [x, height]]), np.array([[0, y], [width, y]])]
     for paths, colour, line_width, style in [*lines, (hair, (1, 1, 1, 0.5), 0.5, "solid")]:
@@ -215,7 +214,9 @@ def _to_png(picture: np.ndarray, lines, cross_px: tuple[float, float], letters: 
     for letter, (u, v, ha, va) in zip(letters, (*places, (0.5, 0.015, "center", "bottom"))):
         figure.text(u, v, letter, color="white", fontsize=10, weight="bold", ha=ha, va=va)
     canvas.draw()
-    image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+    drawn = Image.fromarray(np.asarray(canvas.buffer_rgba()))
+    image = Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8))
+    image.paste(drawn, mask=drawn)
     image = image.quantize(COLOURS_PER_PICTURE, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     file = io.BytesIO()
     image.save(file, format="PNG")
