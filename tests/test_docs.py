@@ -40,6 +40,8 @@ RUN_BY = {
     r"python3 -m venv": "make setup",
     r"make demo": "test_docs.py::test_make_demo_and_picture",
     r"make picture": "test_docs.py::test_make_demo_and_picture",
+    r"PY apps/picture\.py DIR OUT bundle/docs/failures\.png --worst 3":
+        "test_apps.py::test_the_worst_cases_are_found_and_drawn",
     r"make test": "every run of the tests",
     r"make label-env": "test_label.py, whose environment it makes",
     r"make deploy-env": "test_deploy.py, whose environment it makes",
