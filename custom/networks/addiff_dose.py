@@ -73,7 +73,7 @@ class ADDiffDose(nn.Module):
         residual_scale: the diffused variable is ``(dose - prior) / residual_scale``; ``2 dose - 1`` without a prior.
         one_step: what one deterministic step from t = T gives: the answer of the ``"denoiser"``, or the ``"prior"``. At
             t = T the signal is gone (its scale is 0.006), x_T says nothing that the conditions do not, and the best
-            estimate is the mean that the prior has learnt; the denoiser then begins with the second step.
+            estimate is the mean that the prior has learnt. Several steps, and samples, run the denoiser at each.
         frozen: parts without gradients, kept in eval mode (the paper fixes the VAE's encoder in stage 2).
 
     Raises:
