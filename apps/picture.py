@@ -32,6 +32,7 @@ from custom.report_pictures import ISODOSE_LINES, draw_views
 VIEW = "Centre of the high-dose target"
 SIZE_IN, DPI = (11.0, 7.4), 110
 MOST_CURVES, COLOURS = 9, 200
+SPOT_MM = 15.0
 SUMMARY_ROWS = ("mean", "std")
 
 
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         ranked = ranking(options.results / "metrics.csv")
         cases = {name: read_case(options.case / name) for name in ranked[: options.worst]}
-        note = f"the {len(cases)} of {len(ranked)} cases with the largest dose error"
+        note = f"The {len(cases)} of {len(ranked)} cases with the largest dose error"
         picture = draw_worst([(case, _dose(options.results / name)) for name, case in cases.items()], note)
     picture.save(options.picture, optimize=True)
 
@@ -113,18 +114,18 @@ def draw_worst(predictions: Sequence[tuple[Case, np.ndarray]], note: str) -> Ima
                       fontsize=11)
         _draw_dvh(histogram, record)
     colours = "Difference: red where the prediction is too hot, blue where too cold, full from 10 % of the prescription"
-    return _rendered(figure, f"{note[:1].upper()}{note[1:]}. {colours}. {BANNER}").quantize(COLOURS)
+    return _rendered(figure, f"{note}. {colours}. {BANNER}").quantize(COLOURS)
 
 
 def largest_error(case: Case, dose_gy: np.ndarray) -> tuple[int, int, int]:
-    """Voxel of the body around which the dose is farthest from the reference, in the mean of 15 mm.
+    """Voxel of the body around which the dose is farthest from the reference, in the mean of a cube of ``SPOT_MM``.
 
     Raises:
         CaseError: the case has no reference dose.
     """
     if case.dose_gy is None:
         raise CaseError(f"{case.name}: no reference dose; expected one to compare the prediction with")
-    voxels = np.maximum(np.rint(15.0 / case.grid.spacing_mm), 1).astype(int)
+    voxels = np.maximum(np.rint(SPOT_MM / case.grid.spacing_mm), 1).astype(int)
     error = ndimage.uniform_filter(np.abs(dose_gy - case.dose_gy) * case.body, voxels)
     return tuple(int(n) for n in np.unravel_index(np.where(case.body, error, -1.0).argmax(), error.shape))
 

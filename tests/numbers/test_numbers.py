@@ -21,6 +21,7 @@ from tests.bad_input.bundle_runs import CONFIGS, ROOT, small_network
 WEIGHTS = ROOT / "bundle" / "models" / "model.pt"
 SECOND = os.environ.get("DOSE_SECOND_PYTHON")
 AGREE_GY = 0.1
+ROUNDING_GY = 0.001
 VERSIONS = ("import sys, numpy, pydicom, torch; "
             "print(*sys.version_info[:2], numpy.__version__, pydicom.__version__, torch.__version__)")
 needs_weights = pytest.mark.skipif(not WEIGHTS.is_file(), reason=f"no trained weights at {WEIGHTS}")
@@ -107,7 +108,7 @@ def test_windows(study, whole, tmp_path, capsys):
     mean, largest = difference(whole, predict(study, tmp_path, roi_size=[64, 64, 48], overlap_voxels=16))
     with capsys.disabled():
         print(f"\nwindows against the whole volume: mean {mean:.4f}, max {largest:.4f} Gy")
-    assert largest < AGREE_GY  # nothing, where the prior is predicted in windows of its own
+    assert largest < ROUNDING_GY  # the prior is predicted in windows of its own, and one step is the prior
 
 
 @needs_weights

@@ -77,3 +77,52 @@ def test_patches_stay_within_the_volume_where_they_fit(volume):
     for patch in transform(data):
         inside = patch["body"][0] > 0
         assert inside.sum() == (x - 4) * y * z and inside[:, 3:-3].all()  # in the middle of the axis that is too short
+
+
+@pytest.mark.parametrize("edges", [(0.9, 1.2), (1.1, 0.8)])
+def test_other_voxel_edges(volume, edges):
+    """Ramps keep their value at the centre and rise by the patch's edge; the distance from the axis grows with it."""
+    patch = turned_crop(volume, (20, 25, 4), (15, 15, 5), 40.0, nearest=False, edges=edges)
+    i, j = torch.meshgrid(torch.arange(15.0) - 7, torch.arange(15.0) - 7, indexing="ij")
+    c, s = np.cos(np.deg2rad(40)), np.sin(np.deg2rad(40))
+    np.testing.assert_allclose(patch[1, :, :, 2], 20 + edges[0] * (c * i - s * j), atol=2e-3)
+    np.testing.assert_allclose(patch[2, 3, 9], 4 + edges[1] * (torch.arange(5.0) - 2), atol=1e-4)
+    distance = edges[0] * (i**2 + j**2).sqrt()
+    np.testing.assert_allclose(patch[0, :, :, 1][distance > 2], distance[distance > 2], atol=0.07)
+
+
+def test_labels_stay_labels_on_other_edges(volume):
+    """A ball keeps its volume in voxels of the volume, and its voxels are 0 or 1."""
+    x = torch.stack(torch.meshgrid(*(torch.arange(41.0) - 20 for _ in range(3)), indexing="ij"))
+    ball = (x.square().sum(0, keepdim=True) < 14**2).to(torch.uint8)
+    patch = turned_crop(ball, (20, 20, 20), (41, 41, 41), 40.0, nearest=True, edges=(0.85, 1.1))
+    assert patch.dtype == torch.uint8 and set(patch.unique().tolist()) == {0, 1}
+    assert float(patch.sum() * 0.85**2 * 1.1) == pytest.approx(float(ball.sum()), rel=0.01)
+
+
+def test_turned_patches_vary_within_what_was_asked_and_tell_their_spacing(volume):
+    ramp = torch.stack([volume[1], volume[2] * 10])
+    body = torch.zeros_like(volume[:1])
+    body[..., 3:6] = 1  # patches around it lie within the volume
+    data = {"image": ramp, "body": body, "voxel_cc": torch.tensor(0.04),
+            "context": torch.tensor([1.0, 0.9, 0.9, 0.6])}
+    names = ["has_ct", "spacing_x", "spacing_y", "spacing_z"]
+    transform = RandTurnedCropd(["image", "body"], ["body"], "body", (6, 6, 3), 90.0, prob=1.0, jitter_deg=5.0,
+                                edge_change=0.1, context_channels=names)
+    transform.set_random_state(0)
+    quarter, seen = set(), []
+    for _ in range(60):
+        (out,) = transform(data)
+        has_ct, x, y, z = out["context"].tolist()
+        along_i, along_j = (float(out["image"][0, a, b, 1] - out["image"][0, 2, 2, 1]) for a, b in ((3, 2), (2, 3)))
+        edge = float(np.hypot(along_i, along_j))  # a turned ramp still rises by one edge of the patch
+        assert has_ct == 1 and x == y == pytest.approx(0.9 * edge, rel=1e-3)
+        assert float(out["image"][1, 2, 2, 1] - out["image"][1, 2, 2, 0]) == pytest.approx(10 * z / 0.6, rel=1e-3)
+        assert float(out["voxel_cc"]) == pytest.approx(0.04 * edge**2 * z / 0.6, rel=1e-3)
+        angle = np.rad2deg(np.arctan2(-along_j, along_i))
+        quarter.add(round(angle / 90) % 4)
+        seen.append((abs(angle - 90 * round(angle / 90)), edge))
+    away, edges = np.array(seen).T
+    assert quarter == {0, 1, 2, 3} and 4 < away.max() <= 5.01
+    assert 0.9 <= edges.min() < 0.92 and 1.08 < edges.max() <= 1.1
+    assert data["context"][1] == 0.9 and data["voxel_cc"] == 0.04  # the case itself is left alone
