@@ -182,7 +182,7 @@ class DoseDiffusionInferer(Inferer):
         seed: makes the samples repeatable; None draws from torch's generator.
         flips: test-time flips, each a list of spatial axes, for example ``[[0]]`` for left-right; averaged.
         condition_channels: names of the image's channels, for ``swap_channels``.
-        swap_channels: pairs of channel names that change places when axis 0 (left-right) is flipped.
+        swap_channels: pairs of channel names that change places when axis 0 (left-right) is flipped; as in training.
         roi_size: window for volumes that do not fit; None predicts the whole volume at once.
         overlap_voxels: overlap of the windows.
         prior_roi_size: window for the network's prior dose alone, such as the patch it was trained with: the statistics

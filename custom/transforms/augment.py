@@ -23,22 +23,27 @@ def mirror_order(names: Sequence[str]) -> list[int]:
 
 
 class RandMirrord(RandomizableTransform, MapTransform):
-    """Mirror the patient left to right: flip the first spatial axis and swap paired structures.
+    """Mirror the patient left to right: flip the first spatial axis and, where asked, swap paired structures.
 
-    Equispaced coplanar beams that start at gantry 0 are their own mirror image, so beam channels only flip.
+    Equispaced coplanar beams that start at gantry 0 are their own mirror image, so beam channels only flip. Plans may
+    treat the two organs of a pair differently (OpenKBP's spare the left parotid more than the right). Then a mirrored
+    patient's left parotid must stay the left one, wherever it now lies, or the network learns the mean of both.
 
     Args:
         keys: tensors ``(C, X, Y, Z)`` to flip.
         spatial_channels, context_channels, roi_names: names of the channels of ``image``, ``context`` and ``rois``.
         prob: probability.
+        swap_pairs: whether ``..._L`` and ``..._R`` change places, as anatomy has it.
     """
 
     def __init__(self, keys: KeysCollection, spatial_channels: Sequence[str], context_channels: Sequence[str],
-                 roi_names: Sequence[str], prob: float = 0.5) -> None:
+                 roi_names: Sequence[str], prob: float = 0.5, swap_pairs: bool = True) -> None:
         MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, prob)
-        self.orders = {Keys.IMAGE: mirror_order(spatial_channels), CONTEXT: mirror_order(context_channels),
-                       Keys.ROIS: mirror_order(roi_names)}
+        self.orders = {}
+        if swap_pairs:
+            self.orders = {Keys.IMAGE: mirror_order(spatial_channels), CONTEXT: mirror_order(context_channels),
+                           Keys.ROIS: mirror_order(roi_names)}
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
         out = dict(data)
@@ -49,7 +54,8 @@ class RandMirrord(RandomizableTransform, MapTransform):
             out[key] = torch.flip(out[key], dims=[1])
             if key in self.orders:
                 out[key] = out[key][self.orders[key]]
-        out[CONTEXT] = out[CONTEXT][self.orders[CONTEXT]]
+        if CONTEXT in self.orders:
+            out[CONTEXT] = out[CONTEXT][self.orders[CONTEXT]]
         return out
 
 

@@ -19,8 +19,8 @@ def data() -> dict:
             "rois": torch.rand(3, 4, 3, 2, generator=generator), "context": torch.tensor([1.0, 1.0, 0.0, 1.0])}
 
 
-def mirror(prob: float = 1.0) -> RandMirrord:
-    return RandMirrord(["image", "label", "rois"], SPATIAL, CONTEXT, ROIS, prob=prob)
+def mirror(prob: float = 1.0, **options) -> RandMirrord:
+    return RandMirrord(["image", "label", "rois"], SPATIAL, CONTEXT, ROIS, prob=prob, **options)
 
 
 def test_order_swaps_pairs_and_keeps_the_rest():
@@ -35,6 +35,12 @@ def test_mirror_flips_left_to_right_and_swaps_sides(data):
     assert torch.equal(out["rois"][0], data["rois"][2].flip(0)) and torch.equal(out["rois"][1], data["rois"][1].flip(0))
     assert torch.equal(out["label"], data["label"].flip(1))
     assert out["context"].tolist() == [1, 0, 1, 1]
+
+
+def test_mirrored_organs_keep_their_names_where_asked(data):
+    out = mirror(swap_pairs=False)(data)
+    assert all(torch.equal(out[key], data[key].flip(1)) for key in ("image", "label", "rois"))
+    assert torch.equal(out["context"], data["context"])
 
 
 def test_mirroring_twice_is_the_identity(data):
