@@ -171,8 +171,8 @@ class FirstOutputInferer(Inferer):
 class DoseDiffusionInferer(Inferer):
     """Dose of an image: ``inferer(image, network)`` -> (B, 1, X, Y, Z), as a fraction of the highest prescription.
 
-    Networks without a denoiser (regression baselines) are called directly, and so is one whose ``one_step`` is the prior
-    for one deterministic step; flips and windows apply to them alike.
+    Networks without a denoiser (regression baselines) are called directly, and so is one whose ``one_step`` is the
+    prior for one deterministic step; flips and windows apply to them alike.
 
     Args:
         num_inference_steps: evaluations of the denoiser; the schedule's T for DDPM.

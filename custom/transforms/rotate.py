@@ -16,6 +16,8 @@ from custom.transforms.condition import CONTEXT
 
 __all__ = ["RandTurnedCropd", "turned_crop"]
 
+EDGE_OF = {"spacing_x": 0, "spacing_y": 0, "spacing_z": 1}  # entries of the context: which of a patch's edges they tell
+
 
 class RandTurnedCropd(RandomizableTransform, MapTransform):
     """Crop patches around random voxels, turned about the third axis by a random multiple of ``angle_deg``.
@@ -36,7 +38,7 @@ class RandTurnedCropd(RandomizableTransform, MapTransform):
         angle_deg: angle between neighbouring beams; a divisor of 360.
         prob: share of the patches that are turned.
         num_samples: patches a volume.
-        jitter_deg: turned patches are turned by up to this much more or less, uniformly, or not by ``angle_deg`` at all.
+        jitter_deg: turned patches are turned by up to this much more or less, uniformly; some of them by this alone.
         edge_change: voxel edges of turned patches, in the plane and along the third axis, are those of the volume times
             a factor drawn uniformly between ``1 - edge_change`` and ``1 + edge_change``.
         context_channels: names of the entries of ``context``, whose ``spacing_`` entries follow the edges, as does
@@ -54,8 +56,7 @@ class RandTurnedCropd(RandomizableTransform, MapTransform):
         RandomizableTransform.__init__(self, prob)
         self.nearest, self.w_key, self.size, self.angle_deg = set(nearest), w_key, tuple(spatial_size), angle_deg
         self.num_samples, self.jitter_deg, self.edge_change = num_samples, jitter_deg, edge_change
-        self.spacing = [name.startswith("spacing_") for name in context_channels]
-        self.along_z = [name == "spacing_z" for name in context_channels]
+        self.context = tuple(context_channels)
 
     def __call__(self, data: Mapping[Hashable, Tensor]) -> list[dict[Hashable, Tensor]]:
         weights = torch.as_tensor(data[self.w_key])[0]
@@ -70,9 +71,9 @@ class RandTurnedCropd(RandomizableTransform, MapTransform):
         angle, edges = self._turn() if self._do_transform else (0.0, (1.0, 1.0))
         for key in self.key_iterator(out):
             out[key] = turned_crop(torch.as_tensor(out[key]), centre, size, angle, key in self.nearest, edges)
-        if edges != (1.0, 1.0) and any(self.spacing):
-            factors = torch.where(torch.tensor(self.along_z), edges[1], edges[0])
-            out[CONTEXT] = torch.where(torch.tensor(self.spacing), out[CONTEXT] * factors, out[CONTEXT])
+        if edges != (1.0, 1.0) and self.context:
+            factors = [edges[EDGE_OF[name]] if name in EDGE_OF else 1.0 for name in self.context]
+            out[CONTEXT] = out[CONTEXT] * torch.tensor(factors)
         if "voxel_cc" in out:
             out["voxel_cc"] = out["voxel_cc"] * edges[0] ** 2 * edges[1]
         return out
