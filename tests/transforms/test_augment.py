@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from monai.bundle import ConfigParser
 
 from custom.transforms.augment import RandDropConditionsd, RandMirrord, mirror_order
 
 SPATIAL = ["ct", "sdm_Parotid_L", "sdm_Parotid_R", "sdm_target_high", "sdm_Lung_L"]
 CONTEXT = ["has_ct", "has_Parotid_L", "has_Parotid_R", "has_Lung_L"]
 ROIS = ["Parotid_R", "SpinalCord", "Parotid_L"]
+CONFIGS = Path(__file__).resolve().parents[2] / "bundle" / "configs"
 
 
 @pytest.fixture
@@ -41,6 +45,16 @@ def test_mirrored_organs_keep_their_names_where_asked(data):
     out = mirror(swap_pairs=False)(data)
     assert all(torch.equal(out[key], data[key].flip(1)) for key in ("image", "label", "rois"))
     assert torch.equal(out["context"], data["context"])
+
+
+@pytest.mark.parametrize("pairs", [[], [["sdm_Parotid_R", "sdm_Parotid_L"]]])
+def test_training_swaps_pairs_where_inference_does(pairs):
+    parser = ConfigParser()
+    parser.read_config([CONFIGS / "inference.json", CONFIGS / "train.json"])
+    parser["swap_channels"] = pairs
+    (at,) = (i for i, node in enumerate(parser["train"]["random_transforms"])
+             if isinstance(node, dict) and node["_target_"].endswith("RandMirrord"))
+    assert bool(parser.get_parsed_content(f"train#random_transforms#{at}").orders) == bool(pairs)
 
 
 def test_mirroring_twice_is_the_identity(data):
