@@ -54,14 +54,16 @@ class Benchmark:
         output_dir: gets ``benchmark.json``.
         repeats: of every network call; the fastest counts.
         device: where the network is.
+        autocast_dtype: number format of all networks but the plain one; None for float32.
     """
 
     def __init__(self, datalist: Sequence[Mapping], preprocessing: Mapping[str, Callable], network: nn.Module,
                  inferers: Mapping[str, Callable], postprocessing: Callable, output_dir: str | Path, repeats: int = 2,
-                 device: torch.device | str = "cpu") -> None:
+                 device: torch.device | str = "cpu", autocast_dtype: str | None = None) -> None:
         self.datalist, self.preprocessing, self.network = datalist, dict(preprocessing), network
         self.inferers, self.postprocessing, self.repeats = dict(inferers), postprocessing, repeats
         self.path, self.device = Path(output_dir) / "benchmark.json", torch.device(device)
+        self.dtype = None if autocast_dtype is None else getattr(torch, autocast_dtype)
 
     def run(self) -> list[dict]:
         """Time all cases; returns and writes rows of stage, mean seconds, ratio and peak memory so far."""
@@ -73,7 +75,8 @@ class Benchmark:
         unit = next(row["seconds"] for row in rows if row["stage"] == "network, 1 step")
         for row in rows:
             row["ratio_to_1_step"] = row["seconds"] / unit
-        record = {"cases": len(cases), "threads": torch.get_num_threads(), "device": str(self.device), "stages": rows}
+        record = {"cases": len(cases), "threads": torch.get_num_threads(), "device": str(self.device),
+                  "autocast_dtype": str(self.dtype), "stages": rows}
         write_whole(self.path, json.dumps(record, indent=1))
         logger.info("\n%s", table(rows))
         return rows
@@ -99,22 +102,28 @@ class Benchmark:
         image = image.as_tensor() if hasattr(image, "as_tensor") else image
         self.network.eval()
         with torch.inference_mode():
-            if hasattr(self.network, "predict_prior"):
-                prior = timed("network, its prior", lambda: self.network.predict_prior(image), self.repeats)
-                known = timed("network, conditions", lambda: self.network.encode(image, prior), self.repeats)
-                last = torch.full((1,), self.network.schedule.num_train_timesteps - 1, device=self.device)
-                noise = torch.zeros_like(image[:, :1])
-                timed("network, one evaluation", lambda: self.network.denoise(noise, last, known), self.repeats)
-            pred = timed("network, 1 step", lambda: self.network(image), self.repeats)
             plain = copy.deepcopy(self.network).to(memory_format=torch.contiguous_format)
-            timed("1 step, contiguous", lambda: plain(image.contiguous()), self.repeats)
-            yardstick = CascadeUNet(image.shape[1]).to(self.device).eval()
-            padded = nn.functional.pad(image, [p for n in reversed(image.shape[2:]) for p in (0, -n % 16)])
-            timed("C3D-sized cascade", lambda: yardstick(padded), self.repeats)
+            with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+                pred = self._networks(image, timed)
+            timed("1 step, contiguous, float32", lambda: plain(image.contiguous()), self.repeats)
             for name, inferer in self.inferers.items():
                 timed(name, lambda i=inferer: i(image, self.network))
         timed("restoring and writing", lambda: self.postprocessing({**data, Keys.PRED: pred[0]}))
         return found
+
+    def _networks(self, image: Tensor, timed: Callable) -> Tensor:
+        """Time the network's parts, the network, and the yardstick; the network's answer."""
+        if hasattr(self.network, "predict_prior"):
+            prior = timed("network, its prior", lambda: self.network.predict_prior(image), self.repeats)
+            known = timed("network, conditions", lambda: self.network.encode(image, prior), self.repeats)
+            last = torch.full((1,), self.network.schedule.num_train_timesteps - 1, device=self.device)
+            noise = torch.zeros_like(image[:, :1])
+            timed("network, one evaluation", lambda: self.network.denoise(noise, last, known), self.repeats)
+        pred = timed("network, 1 step", lambda: self.network(image), self.repeats)
+        yardstick = CascadeUNet(image.shape[1]).to(self.device).eval()
+        padded = nn.functional.pad(image, [p for n in reversed(image.shape[2:]) for p in (0, -n % 16)])
+        timed("C3D-sized cascade", lambda: yardstick(padded), self.repeats)
+        return pred
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

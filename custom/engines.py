@@ -460,7 +460,7 @@ class WeightsLoader:
 
     Args:
         path: ``model.pt``.
-        network: module to load into, or several (a network and its moving average).
+        network: module to load into, or several of one kind, which get the same (a network and its moving average).
         required: False lets a training start from nothing when ``path`` is empty.
         strict: False takes what fits; what a larger network has more begins as nothing
             (:func:`custom.networks.growth.grow`).
@@ -499,6 +499,7 @@ class WeightsLoader:
             odd = sorted(set(own) ^ set(state)) or [k for k in own if k not in fitting]
             raise CaseError(f"{path}: weights of another network; {len(fitting)} of {len(own)} tensors fit, the first "
                             f"that does not is {odd[0]!r}. Use the config the weights were trained with")
-        for network in self.networks:
-            fitting = grow(network, state)
+        fitting = grow(self.networks[0], state)
+        for network in self.networks[1:]:
+            network.load_state_dict(self.networks[0].state_dict())
         logger.info("loaded %d of %d tensors from %s", len(fitting), len(own), path)

@@ -17,8 +17,8 @@ def test_every_part_is_timed_and_the_dose_is_what_is_written(tmp_path):
     steps = {"reading": lambda d: {**d, "image": torch.full((3, 32, 16, 16), 0.5)}, "nothing": lambda d: d}
     found = Benchmark([{"image": "a"}, {"image": "b"}], steps, Doubler(), {"as shipped": lambda x, n: n(x)},
                       lambda d: written.append(d["pred"]), tmp_path, repeats=1).run()
-    stages = ["reading", "nothing", "network, 1 step", "1 step, contiguous", "C3D-sized cascade", "as shipped",
-              "restoring and writing"]
+    stages = ["reading", "nothing", "network, 1 step", "C3D-sized cascade", "1 step, contiguous, float32",
+              "as shipped", "restoring and writing"]
     assert [row["stage"] for row in found] == stages
     record = json.loads((tmp_path / "benchmark.json").read_text())
     assert record["cases"] == 2 and [row["stage"] for row in record["stages"]] == stages

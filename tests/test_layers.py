@@ -17,8 +17,8 @@ LAYERS = (
     {"rois"},
     {"io", "geometry", "dosimetry", "physics", "networks"},
     {"losses", "metrics", "protocol", "report", "phantom"},
-    {"transforms", "objectives", "inferers", "engines", "datalists", "batch", "runner", "studies", "benchmark",
-     "ablations", "pictures", "comparison"},
+    {"transforms", "objectives", "inferers", "engines", "precision", "datalists", "batch", "runner", "studies",
+     "benchmark", "ablations", "pictures", "comparison"},
     {"distributed", "demo"},
     {"release"},
 )

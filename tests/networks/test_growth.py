@@ -57,9 +57,25 @@ def test_what_is_new_learns(image):
 
 
 @torch.no_grad()
-def test_other_shapes_keep_their_own_start():
-    wide, before = network(widths=(12, 16)), network(widths=(12, 16)).state_dict()
-    taken = grow(wide, network().state_dict())
+def test_wider_levels_change_nothing_at_first(image):
+    small, wide = network(), network(["plan_prior_sparing"], widths=(20, 32), blocks=(1, 2))
+    taken = grow(wide, small.state_dict())
+    assert set(taken) == set(small.state_dict())
+    assert torch.allclose(wide(with_further(image, 1)), small(image), atol=1e-5)
+
+
+def test_copies_of_a_channel_learn_apart(image):
+    wide = network(widths=(16, 16))
+    grow(wide, network().state_dict())
+    wide.train().predict_prior(image).abs().sum().backward()
+    gradient = wide.prior.unet.encoder[0][0].conv1.weight.grad
+    assert not torch.allclose(gradient[:8], gradient[8:], rtol=0.01)
+
+
+@torch.no_grad()
+def test_narrower_levels_keep_their_own_start():
+    narrow, before = network(widths=(6, 16)), network(widths=(6, 16)).state_dict()
+    taken = grow(narrow, network().state_dict())
     assert "prior.unet.encoder.0.0.conv1.weight" not in taken and "gain" in taken
-    assert torch.equal(wide.state_dict()["prior.unet.encoder.0.0.conv1.weight"],
+    assert torch.equal(narrow.state_dict()["prior.unet.encoder.0.0.conv1.weight"],
                        before["prior.unet.encoder.0.0.conv1.weight"])
