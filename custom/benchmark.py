@@ -115,6 +115,8 @@ class Benchmark:
         """Time the network's parts, the network, and the yardstick; the network's answer."""
         if hasattr(self.network, "predict_prior"):
             prior = timed("network, its prior", lambda: self.network.predict_prior(image), self.repeats)
+            if getattr(self.network, "broad", None) is not None:
+                prior = timed("network, its broad branch", lambda: self.network.blend(prior, image), self.repeats)
             known = timed("network, conditions", lambda: self.network.encode(image, prior), self.repeats)
             last = torch.full((1,), self.network.schedule.num_train_timesteps - 1, device=self.device)
             noise = torch.zeros_like(image[:, :1])

@@ -299,11 +299,14 @@ class DoseDiffusionInferer(Inferer):
         return torch.autocast(image.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
     def _prior(self, image: Tensor, network: nn.Module) -> Tensor | None:
-        """The network's prior dose in windows of its own; None where it has none, or no such windows are wanted."""
-        if self.prior_roi_size is None or any(getattr(network, part, None) is None for part in ("denoiser", "prior")):
+        """The network's prior dose, in windows of its own and blended; None where nothing is to be known beforehand."""
+        blends = getattr(network, "broad", None) is not None  # wants the whole patient, whatever the windows are
+        apart = self.prior_roi_size is not None and getattr(network, "denoiser", None) is not None
+        if getattr(network, "prior", None) is None or not (blends or apart):
             return None
         with self._autocast(image):
-            return self._in_prior_windows(image, network.predict_prior).float()
+            dose = self._in_prior_windows(image, network.predict_prior).float()
+            return network.blend(dose, image) if blends else dose
 
     def _in_prior_windows(self, image: Tensor, predict: Callable[[Tensor], Tensor]) -> Tensor:
         if self.prior_roi_size is None:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from custom.case import CaseError
 from custom.losses import criteria_dvh_l1, gradient_l1, masked_l1, sorted_dvh_l1
 
-__all__ = ["AutoencoderObjective", "CompositeObjective", "DiffusionObjective", "RegressionObjective"]
+__all__ = ["AutoencoderObjective", "BroadObjective", "CompositeObjective", "DiffusionObjective", "RegressionObjective"]
 
 Batch = Mapping[str, Any]
 
@@ -130,6 +130,18 @@ class DiffusionObjective:
         x0_error_per_output = {"sample": torch.ones_like(s), "v": s.square(), "epsilon": 1 / snr}
         weight = snr.clamp_max(self.snr_limit) * x0_error_per_output[schedule.parameterization]
         return weight if self.kind == "mse" else weight.sqrt()
+
+
+class BroadObjective:
+    """L1 error of each perceptron of the broad branch, in the voxels that ``RandBroadVoxelsd`` has drawn.
+
+    The batch holds ``voxels`` (B, V, F), ``patient`` (B, P), ``residual`` (B, V) and ``weight`` (B, V).
+    """
+
+    def __call__(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        pred = network.broad(batch["voxels"], batch["patient"]).float()
+        weight = batch["weight"].float()
+        return {"l1": ((pred - batch["residual"].float()).abs() * weight).mean() / weight.mean()}
 
 
 class AutoencoderObjective:

@@ -140,8 +140,8 @@ def history(out: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def test_two_stage_training_survives_a_kill(studies, tmp_path):
-    """Both stages on synthetic cases; the second one is killed in the middle and goes on where it was."""
+def test_training_in_stages_survives_a_kill(studies, tmp_path):
+    """All stages on synthetic cases; the second one is killed in the middle and goes on where it was."""
     options = {"dataset_dir": studies, "validation_share": 0.2}
     vae = tmp_path / "vae"
     done = run("train_autoencoder", "train.json", "train_autoencoder.json", "smoke.json", output_dir=vae, **options)
@@ -164,3 +164,13 @@ def test_two_stage_training_survives_a_kill(studies, tmp_path):
     assert len(scores) == 4 and scores[-1] < 0.95 * scores[0]
     state = torch.load(out / "model.pt", weights_only=True)
     assert all(torch.isfinite(value).all() for value in state.values())
+    assert state["broad.share"] == 0
+    broad = tmp_path / "broad"
+    options |= {"output_dir": broad, "init_weights": out / "model.pt", "steps_per_epoch": 20}
+    done = run("train_broad", "train.json", "train_broad.json", "smoke.json", **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    loss = [float(row["value"]) for row in history(broad) if row["name"] == "loss"]
+    assert len(loss) == 4 and loss[-1] < 0.9 * loss[0]
+    after = torch.load(broad / "model.pt", weights_only=True)
+    assert after["broad.share"] == 0.5
+    assert all(torch.equal(value, after[name]) == (not name.startswith("broad.")) for name, value in state.items())

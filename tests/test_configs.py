@@ -16,8 +16,8 @@ CONFIGS = Path(__file__).resolve().parents[1] / "bundle" / "configs"
 BASE = "inference.json"
 STAGES = ("train.json", "evaluate.json", "studies.json")  # each is laid over the base
 # each is laid over the base and a stage
-OVERLAYS = ("train_autoencoder.json", "ablations.json", "claims.json", "smoke.json", "multi_gpu.json", "shards.json",
-            "deploy.json", "systems/*.json", "constraint_loss.json", "guidance.json", "protocol_studies.json",
+OVERLAYS = ("train_autoencoder.json", "train_broad.json", "ablations.json", "claims.json", "smoke.json", "multi_gpu.json",
+            "shards.json", "deploy.json", "systems/*.json", "constraint_loss.json", "guidance.json", "protocol_studies.json",
             "comparison.json", "axial_studies.json")
 UNDER = {"claims.json": ["ablations.json"]}  # overlays that lie over another overlay
 FILES = sorted(
@@ -55,6 +55,7 @@ ENTRY_KEYS = {
     "seed_study": "MONAI's runner: run id",
     "train": "MONAI's runner: run id and the zoo's group of training objects",
     "train_autoencoder": "MONAI's runner: run id",
+    "train_broad": "MONAI's runner: run id",
     "validate": "the zoo's group of validation objects",
 }
 REFERENCE = re.compile(r"@([A-Za-z_]\w*)")  # "@key", "@key#nested"; not the relative "@##key"

@@ -62,8 +62,9 @@ RUN_BY = {
     r"\.venv-deploy/bin/monai-deploy package": "test_deploy.py::test_the_packager_takes_the_folders_as_far_as_docker",
     r"PY -m monai\.bundle run inference": "test_bundle.py::test_the_demo_case_gets_a_real_prediction",
     r"PY -m monai\.bundle run evaluate": "test_bundle.py::test_evaluate_writes_the_scores",
-    r"PY -m monai\.bundle run train_autoencoder": "test_bundle.py::test_two_stage_training_survives_a_kill",
-    r"PY -m monai\.bundle run train": "test_bundle.py::test_two_stage_training_survives_a_kill",
+    r"PY -m monai\.bundle run train_autoencoder": "test_bundle.py::test_training_in_stages_survives_a_kill",
+    r"PY -m monai\.bundle run train_broad": "test_bundle.py::test_training_in_stages_survives_a_kill",
+    r"PY -m monai\.bundle run train": "test_bundle.py::test_training_in_stages_survives_a_kill",
     r"PY -m custom\.phantom OUT": "test_phantom.py::test_command_line",
     # many_machines.md, experiments.md
     r"torchrun --standalone --nproc_per_node=2 -m monai\.bundle run train":

@@ -229,6 +229,24 @@ class Corrected(IdealDenoiser):
         return conditions + x0
 
 
+class Blended(Corrected):
+    """That network, with a branch that wants the whole patient."""
+
+    broad = "has one"
+
+    def blend(self, prior, image):
+        return prior + image.shape[2]
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("windows", [{}, {"roi_size": [11, 8, 8], "overlap_voxels": 3}])
+@pytest.mark.parametrize("apart", [{}, {"prior_roi_size": [8, 8, 8], "prior_overlap_voxels": 4}])
+def test_the_broad_branch_sees_the_whole_patient_whatever_the_windows(steps, windows, apart):
+    image = torch.rand(1, 1, 20, 9, 8)
+    without = DoseDiffusionInferer(steps, **apart)(image, Corrected())
+    torch.testing.assert_close(DoseDiffusionInferer(steps, **windows, **apart)(image, Blended()), without + 20)
+
+
 def test_prior_window_sees_patches_as_in_training():
     image = torch.rand(1, 1, 12, 8, 5)
     inferer = DoseDiffusionInferer(prior_roi_size=[8, 8, 8], prior_overlap_voxels=4)

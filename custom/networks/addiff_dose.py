@@ -22,6 +22,7 @@ from custom.networks.addiff_parts import (
     StructureEncoder,
 )
 from custom.networks.blocks import NoiseSchedule, pad_to_multiple, position_encoding
+from custom.networks.broad import BroadBranch
 
 __all__ = ["ADDiffDose", "ConditionalLayer", "Conditions", "LightweightVAE3D", "PriorBranch", "StructureEncoder"]
 
@@ -75,6 +76,8 @@ class ADDiffDose(nn.Module):
             t = T the signal is gone (its scale is 0.006), x_T says nothing that the conditions do not, and the best
             estimate is the mean that the prior has learnt. Several steps, and samples, run the denoiser at each.
         frozen: parts without gradients, kept in eval mode (the paper fixes the VAE's encoder in stage 2).
+        broad: arguments of :class:`~custom.networks.broad.BroadBranch`, which takes part in the prior's broad features
+            as soon as it has been trained; None for none.
 
     Raises:
         CaseError: for channel names that do not fit.
@@ -95,6 +98,7 @@ class ADDiffDose(nn.Module):
         residual_scale: float = 0.05,
         one_step: str = "denoiser",
         frozen: Sequence[str] = ("ct_encoder",),
+        broad: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if prior is None and denoiser is None:
@@ -102,6 +106,8 @@ class ADDiffDose(nn.Module):
         if one_step not in ("denoiser", "prior") or (one_step == "prior" and prior is None):
             found = f"{one_step!r} of a network {'without' if prior is None else 'with'} a prior"
             raise CaseError(f"ADDiffDose: one_step {found}; expected 'denoiser', or 'prior' where there is one")
+        if broad is not None and prior is None:
+            raise CaseError("ADDiffDose: a broad branch without a prior that it could take part in; give `prior` too")
         self.channels = _ChannelMap(condition_channels, context_channels, structure_channels, detail_channels)
         n_spatial, n_context = len(self.channels.spatial), len(context_channels)
         n_detail = len(self.channels.detail)
@@ -109,6 +115,7 @@ class ADDiffDose(nn.Module):
         self.one_step_is_prior = denoiser is None or one_step == "prior"
         self.gain = nn.Parameter(torch.ones(())) if prior is not None and self.channels.plan is not None else None
         self.prior = None if prior is None else PriorBranch(n_spatial, n_detail, n_context, **prior)
+        self.broad = None if broad is None else BroadBranch(self.channels.spatial, context_channels, **broad)
         self.ct_encoder = None if ct_encoder is None else LightweightVAE3D(**ct_encoder)
         self.schedule = NoiseSchedule(**(schedule or {}))
         self.structure_encoder = self.structure_tokens = self.ct_tokens = self.denoiser = None
@@ -154,6 +161,10 @@ class ADDiffDose(nn.Module):
         size = spatial.shape[2:]
         dose = self._prior(pad_to_multiple(spatial, self.multiple), context)
         return _crop(dose, size)
+
+    def blend(self, prior: Tensor, image: Tensor) -> Tensor:
+        """The dose of :meth:`predict_prior` with the broad branch's part; ``image`` is the whole patient."""
+        return prior if self.broad is None else self.broad.blend(prior, *self.split(image))
 
     def encode(self, image: Tensor, prior: Tensor | None = None) -> Conditions:
         """Everything of the image that the denoiser needs; no gradient reaches the prior branch through it.
@@ -211,10 +222,11 @@ class ADDiffDose(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Default prediction: the dose after one deterministic step from t = T."""
-        if self.one_step_is_prior:
-            return self.predict_prior(image).float()
         image = _plain(image)
-        conditions = self.encode(image)
+        prior = None if self.prior is None else self.blend(self.predict_prior(image).float(), image)
+        if self.one_step_is_prior:
+            return prior
+        conditions = self.encode(image, prior)
         x_t = torch.zeros_like(image[:, :1])
         t = torch.full((image.shape[0],), self.schedule.num_train_timesteps - 1, device=image.device)
         return self.to_dose(self.denoise(x_t, t, conditions), conditions)

@@ -1,0 +1,258 @@
+"""The broad part of the dose: what a voxel gets by where it lies in the whole patient, by perceptrons at half resolution.
+
+A U-Net in windows of a quarter of a metre errs on a large scale: averaged over blocks of 60 x 60 x 40 mm, half of its
+error is still there, since how much dose each beam carries is decided by the whole patient. A perceptron for each voxel
+sees that: the three plans, blurred over up to 25 mm, the voxel's place relative to the targets, and means over the
+patient. What both say is averaged at half resolution; the U-Net keeps everything finer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from custom.case import CaseError
+
+__all__ = ["BroadBranch", "BroadVoxels", "PerceptronEnsemble", "mean_of_blocks"]
+
+WANTED = ("plan_prior", "prescription", "body")
+SPACING = ("spacing_x", "spacing_y", "spacing_z")
+SPACING_UNIT_MM = 4.0  # of the context's spacing_x, ...
+PLACE_UNIT_MM = 50.0
+HALF = 0.5  # of the highest prescription: a voxel above it belongs to the targets
+HIGHEST = 0.95
+TURNS = (1, 2, 3, 9)  # of the angle around the targets; 9 for nine beams
+INSIDE = 0.3  # share of a block within the body from which on it counts
+RANGE = 4.0  # standard deviations to which a patient's figures are cut
+
+
+class BroadVoxels(NamedTuple):
+    """One patient at half resolution.
+
+    Args:
+        voxels: ``(N, F)`` features of the blocks inside the body.
+        patient: ``(P,)`` features of the patient.
+        inside: ``(X/2, Y/2, Z/2)`` boolean, where the N blocks lie, in C order.
+        body: ``(X/2, Y/2, Z/2)`` share of each block that is body.
+        plan: ``(X/2, Y/2, Z/2)`` plan prior, mean over the block.
+    """
+
+    voxels: Tensor
+    patient: Tensor
+    inside: Tensor
+    body: Tensor
+    plan: Tensor
+
+
+class BroadBranch(nn.Module):
+    """Mean dose of blocks of 2 x 2 x 2 voxels over the whole patient, and how it enters the dose of a U-Net.
+
+    Until :meth:`begin` is told otherwise its share is zero, so that an untrained branch changes nothing.
+
+    Args:
+        spatial_channels, context_channels: names of what :meth:`features` gets; ``plan_prior``, ``prescription``,
+            ``body`` and the three ``spacing_`` must be among them.
+        blurred: channels that are also given as means over a neighbourhood; absent ones are left out.
+        scales_mm: standard deviations of these neighbourhoods (Gaussian).
+        width, depth, members, patient_width, patient_dropout: see :class:`PerceptronEnsemble`.
+
+    Raises:
+        CaseError: a channel that is missing.
+    """
+
+    def __init__(
+        self,
+        spatial_channels: Sequence[str],
+        context_channels: Sequence[str],
+        blurred: Sequence[str] = (
+            "plan_prior", "plan_prior_coverage", "plan_prior_sparing", "beam_high", "beam_low", "prescription",
+            "body", "ct",
+        ),
+        scales_mm: Sequence[float] = (12.0, 25.0),
+        width: int = 160,
+        depth: int = 3,
+        members: int = 8,
+        patient_width: int = 24,
+        patient_dropout: float = 0.3,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        spatial, context = list(spatial_channels), list(context_channels)
+        missing = [n for n in WANTED if n not in spatial] + [n for n in SPACING if n not in context]
+        if missing:
+            raise CaseError(f"broad branch: channels {missing} are missing; found {spatial} and {context}")
+        self.plan, self.prescription, self.body = (spatial.index(name) for name in WANTED)
+        self.spacing = [context.index(name) for name in SPACING]
+        self.blurred = [spatial.index(name) for name in blurred if name in spatial]
+        self.scales_mm = tuple(scales_mm)
+        places = 6 + 2 * len(TURNS) + 3
+        voxel_features = len(spatial) + len(self.blurred) * len(self.scales_mm) + places
+        patient_features = len(context) + voxel_features
+        for name, size in (("voxel", voxel_features), ("patient", patient_features)):
+            self.register_buffer(f"{name}_mean", torch.zeros(size))
+            self.register_buffer(f"{name}_std", torch.ones(size))
+        self.register_buffer("share", torch.zeros(()))
+        self.perceptrons = PerceptronEnsemble(
+            voxel_features, patient_features, width, depth, members, patient_width, patient_dropout
+        )
+
+    @torch.no_grad()
+    def features(self, spatial: Tensor, context: Tensor) -> BroadVoxels:
+        """What the perceptrons see of one patient.
+
+        Args:
+            spatial: ``(n, X, Y, Z)``.
+            context: ``(m,)``.
+        """
+        with torch.autocast(spatial.device.type, enabled=False):  # places and kernels want more digits than bfloat16's
+            spatial, context = mean_of_blocks(spatial.float()), context.float()
+            body = spatial[self.body]
+            inside = body > INSIDE
+            edges_mm = 2 * SPACING_UNIT_MM * context[self.spacing]
+            maps = [spatial]
+            maps += [_blurred(spatial[self.blurred], scale, edges_mm) for scale in self.scales_mm]
+            maps.append(_places(spatial[self.prescription], body, edges_mm))
+        voxels = torch.cat([m[:, inside] for m in maps]).T
+        return BroadVoxels(voxels, torch.cat([context, voxels.mean(0)]), inside, body, spatial[self.plan])
+
+    def begin(self, patients: Iterable[tuple[Tensor, Tensor]], share: float) -> None:
+        """Take the features' scale from patients, and from now on this share in the dose.
+
+        Args:
+            patients: ``(voxels, patient)`` of :class:`BroadVoxels` each.
+            share: of this branch in the mean over a block; the U-Net has the rest.
+
+        Raises:
+            CaseError: no patients, or a share outside 0 to 1.
+        """
+        found = [(v.float().mean(0), v.float().std(0), p.float()) for v, p in patients]
+        if len(found) < 2 or not 0 <= share <= 1:
+            raise CaseError(f"broad branch: {len(found)} patients, share {share}; expected two or more and 0 to 1")
+        means, spreads, patient = (torch.stack(part) for part in zip(*found))
+        self.voxel_mean.copy_(means.mean(0))
+        self.voxel_std.copy_(spreads.mean(0) + 1e-3)
+        self.patient_mean.copy_(patient.mean(0))
+        self.patient_std.copy_(patient.std(0) + 1e-3)
+        self.share.fill_(share)
+
+    def forward(self, voxels: Tensor, patient: Tensor) -> Tensor:
+        """Each member's correction of the plan prior ``(M, B, V)``, for ``voxels`` (B, V, F), ``patient`` (B, P)."""
+        voxels = (voxels.float() - self.voxel_mean) / self.voxel_std
+        patient = ((patient.float() - self.patient_mean) / self.patient_std).clamp(-RANGE, RANGE)
+        return self.perceptrons(voxels, patient)
+
+    def blend(self, dose: Tensor, spatial: Tensor, context: Tensor) -> Tensor:
+        """The dose with this branch's share in the mean over each block.
+
+        Args:
+            dose: ``(B, 1, X, Y, Z)``, zero outside the body.
+            spatial: ``(B, n, X, Y, Z)``.
+            context: ``(B, m)``.
+        """
+        if self.share == 0:
+            return dose
+        mixed = [self._blend(*item) for item in zip(dose[:, 0].float(), spatial, context)]
+        return torch.stack(mixed)[:, None]
+
+    def _blend(self, dose: Tensor, spatial: Tensor, context: Tensor) -> Tensor:
+        seen = self.features(spatial, context)
+        correction = self(seen.voxels[None], seen.patient[None]).float().mean(0)[0]
+        here = seen.inside
+        mean = mean_of_blocks(dose[None])[0]
+        change = torch.zeros_like(mean)
+        change[here] = self.share * (seen.plan[here] + correction - mean[here]) / seen.body[here]
+        change = F.interpolate(change[None, None], scale_factor=2.0, mode="trilinear", align_corners=False)[0, 0]
+        i, j, k = dose.shape
+        return (dose + change[:i, :j, :k]).clamp_min(0) * spatial[self.body]
+
+
+class PerceptronEnsemble(nn.Module):
+    """Residual perceptrons side by side: a voxel's features, scaled and shifted by what the patient's say.
+
+    The patient's features pass a narrow layer with dropout, since there are as many of them as patients.
+
+    Args:
+        voxel_features, patient_features: inputs.
+        width, depth: of the layers behind the first one, and how many.
+        members: perceptrons, which differ in their start and their dropout.
+        patient_width: of the patient's layer.
+        patient_dropout: share of it that is left out in training.
+    """
+
+    def __init__(
+        self, voxel_features: int, patient_features: int, width: int = 160, depth: int = 3, members: int = 8,
+        patient_width: int = 24, patient_dropout: float = 0.3,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.width = width
+        self.first = _Linears(members, voxel_features, width)
+        self.patient = _Linears(members, patient_features, patient_width)
+        self.dropout = nn.Dropout(patient_dropout)
+        self.film = _Linears(members, patient_width, 2 * width)
+        self.hidden = nn.ModuleList(_Linears(members, width, width) for _ in range(depth))
+        self.last = _Linears(members, width, 1)
+        nn.init.zeros_(self.last.weight)
+
+    def forward(self, voxels: Tensor, patient: Tensor) -> Tensor:
+        """``(M, B, V)`` of ``voxels`` (B, V, F) and ``patient`` (B, P)."""
+        batch, count = voxels.shape[:2]
+        told = self.dropout(F.silu(self.patient(patient)))
+        scale, shift = self.film(told)[:, :, None].chunk(2, dim=-1)  # (M, B, 1, width)
+        x = self.first(voxels.flatten(0, 1)).unflatten(1, (batch, count))
+        x = F.silu(torch.addcmul(shift, x, 1 + scale)).flatten(1, 2)
+        for layer in self.hidden:
+            x = x + F.silu(layer(F.layer_norm(x, (self.width,))))
+        return self.last(x).unflatten(1, (batch, count)).squeeze(-1)
+
+
+class _Linears(nn.Module):
+    """Linear layers side by side: ``(R, in)``, or ``(M, R, in)`` with rows of each one's own, to ``(M, R, out)``."""
+
+    def __init__(self, members: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        limit = 1 / math.sqrt(inputs)
+        self.weight = nn.Parameter(torch.empty(members, inputs, outputs).uniform_(-limit, limit))
+        self.bias = nn.Parameter(torch.empty(members, 1, outputs).uniform_(-limit, limit))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.matmul(x, self.weight) + self.bias
+
+
+def mean_of_blocks(x: Tensor) -> Tensor:
+    """Means over blocks of 2 x 2 x 2 voxels of ``(C, X, Y, Z)``; what lies outside counts as zero."""
+    i, j, k = (-n % 2 for n in x.shape[1:])
+    return F.avg_pool3d(F.pad(x[None], (0, k, 0, j, 0, i)), 2)[0]
+
+
+def _blurred(x: Tensor, scale_mm: float, edges_mm: Tensor) -> Tensor:
+    """Gaussian means of ``(C, X, Y, Z)``, weighted by what lies within the volume."""
+    for axis, edge in enumerate(edges_mm, 1):
+        place = torch.arange(x.shape[axis], device=x.device) * edge
+        weight = torch.exp(-0.5 * ((place[:, None] - place[None]) / scale_mm).square())
+        weight = weight / weight.sum(1, keepdim=True)
+        x = torch.tensordot(x, weight, dims=([axis], [1])).movedim(-1, axis)
+    return x
+
+
+def _places(prescription: Tensor, body: Tensor, edges_mm: Tensor) -> Tensor:
+    """Where each block lies relative to the targets, ``(C, X, Y, Z)``, in units of 50 mm; angles as sine and cosine."""
+    axes = [torch.arange(n, device=body.device) * edge / PLACE_UNIT_MM for n, edge in zip(body.shape, edges_mm)]
+    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+    targets = (prescription > HALF) * body
+    highest = (prescription > HIGHEST) * body
+    out = []
+    for mask in (targets, torch.where(highest.sum() > 0, highest, targets)):
+        centre = (grid * mask).sum((1, 2, 3)) / mask.sum().clamp_min(1e-6)
+        out += list(grid - centre[:, None, None, None])
+    angle = torch.atan2(out[1], out[0])
+    for turns in TURNS:
+        out += [torch.cos(turns * angle), torch.sin(turns * angle)]
+    out.append(torch.hypot(out[0], out[1]))
+    along = torch.where(targets.amax((0, 1)) > 0, axes[2], torch.full_like(axes[2], float("nan")))
+    low, high = torch.nan_to_num(along, nan=1e3).min(), torch.nan_to_num(along, nan=-1e3).max()
+    out += [(axes[2] - low).expand_as(body), (high - axes[2]).expand_as(body)]
+    return torch.stack(out)

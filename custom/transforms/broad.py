@@ -1,0 +1,65 @@
+"""Samples for the training of the network's broad branch."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+
+import torch
+from monai.transforms import Randomizable, Transform
+from torch import Tensor
+
+from custom.case import Keys
+from custom.networks.broad import BroadBranch, mean_of_blocks
+from custom.transforms.augment import RandDropConditionsd
+from custom.transforms.condition import CONTEXT
+
+__all__ = ["BroadSamplesd", "RandBroadVoxelsd"]
+
+VARIANTS = "variants"
+
+
+class BroadSamplesd(Transform):
+    """What the broad branch sees of a prepared training case, once as it is and once without some of its input.
+
+    Each of the two also left-right mirrored, as inference mirrors them (paired organs keep their channels).
+
+    Args:
+        branch: whose features these are.
+        spatial_channels, context_channels: see :class:`RandDropConditionsd`.
+        ct_prob, organ_prob: of the case with less input; see there.
+        seed: of what is left out.
+    """
+
+    def __init__(self, branch: BroadBranch, spatial_channels: Sequence[str], context_channels: Sequence[str],
+                 ct_prob: float = 0.3, organ_prob: float = 0.1, seed: int = 0) -> None:
+        self.branch = branch
+        self.drop = RandDropConditionsd(Keys.IMAGE, spatial_channels, context_channels, ct_prob, organ_prob)
+        self.drop.set_random_state(seed)
+
+    def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[str, list[dict[str, Tensor]]]:
+        whole = {key: torch.as_tensor(data[key]) for key in (Keys.IMAGE, CONTEXT, Keys.LABEL, Keys.BODY)}
+        cases = [whole, self.drop(whole)]
+        return {VARIANTS: [self._sample(case, axes) for case in cases for axes in ((), (1,))]}
+
+    def _sample(self, case: Mapping[Hashable, Tensor], axes: tuple[int, ...]) -> dict[str, Tensor]:
+        image, label, body = (torch.flip(case[key].float(), axes) for key in (Keys.IMAGE, Keys.LABEL, Keys.BODY))
+        seen = self.branch.features(image, case[CONTEXT])
+        dose = mean_of_blocks(label * (body > 0))[0]
+        return {"voxels": seen.voxels.half(), "patient": seen.patient, "weight": seen.body[seen.inside].half(),
+                "residual": (dose - seen.plan)[seen.inside].half()}
+
+
+class RandBroadVoxelsd(Randomizable, Transform):
+    """Draw voxels of one variant of a case.
+
+    Args:
+        count: voxels a case; drawn with replacement.
+    """
+
+    def __init__(self, count: int = 512) -> None:
+        self.count = count
+
+    def __call__(self, data: Mapping[str, list[dict[str, Tensor]]]) -> dict[str, Tensor]:
+        variant = data[VARIANTS][self.R.randint(len(data[VARIANTS]))]
+        drawn = torch.from_numpy(self.R.randint(len(variant["weight"]), size=self.count))
+        return {key: value if key == "patient" else value[drawn].float() for key, value in variant.items()}

@@ -1,0 +1,147 @@
+"""The broad branch: what it sees of a patient, and what its share does to a dose."""
+
+import math
+
+import pytest
+import torch
+
+from custom.case import CaseError
+from custom.networks.addiff_dose import ADDiffDose
+from custom.networks.broad import BroadBranch, PerceptronEnsemble, mean_of_blocks
+
+SPATIAL = ["ct", "prescription", "body", "plan_prior"]
+CONTEXT = ["has_ct", "spacing_x", "spacing_y", "spacing_z"]
+SPACING_MM = (4.0, 4.0, 2.0)
+SIZE = (24, 20, 16)
+BODY, PLAN = SPATIAL.index("body"), SPATIAL.index("plan_prior")
+
+
+def branch(**options) -> BroadBranch:
+    torch.manual_seed(0)
+    return BroadBranch(SPATIAL, CONTEXT, **{"width": 8, "depth": 2, "members": 3, "patient_width": 4, **options})
+
+
+def patient() -> tuple[torch.Tensor, torch.Tensor]:
+    """A box of tissue with a target block in its middle, under a plan of half the prescription."""
+    spatial = torch.zeros(len(SPATIAL), *SIZE)
+    spatial[BODY, 2:-2, 2:-2] = 1
+    spatial[SPATIAL.index("prescription"), 8:16, 8:12, 6:10] = 1
+    spatial[PLAN] = 0.5 * spatial[BODY]
+    return spatial, torch.tensor([1.0, *(edge / 4.0 for edge in SPACING_MM)])
+
+
+def begun(share: float, **options) -> BroadBranch:
+    made = branch(**options)
+    seen = made.features(*patient())
+    made.begin([(seen.voxels, seen.patient)] * 2, share)
+    return made.eval()
+
+
+def test_every_block_of_the_body_is_seen_and_nothing_else():
+    spatial, context = patient()
+    seen = branch().features(spatial, context)
+    assert seen.inside.shape == tuple(n // 2 for n in SIZE)
+    assert seen.inside.sum() == (24 - 4) // 2 * (20 - 4) // 2 * 16 // 2 == len(seen.voxels)
+    assert torch.equal(seen.patient[: len(CONTEXT)], context)
+    assert torch.allclose(seen.patient[len(CONTEXT) :], seen.voxels.mean(0))
+    assert torch.allclose(seen.voxels[:, PLAN], torch.tensor(0.5))
+
+
+def test_neighbourhoods_are_as_wide_as_they_say():
+    """The blur of a single plane has the standard deviation asked for, in mm, along its axis alone."""
+    for axis, edge in enumerate(SPACING_MM, 1):
+        spatial = torch.zeros(len(SPATIAL), *(120 if a == axis else 4 for a in (1, 2, 3)))
+        spatial[BODY] = 1
+        spatial[PLAN].select(axis - 1, 60).fill_(1.0)
+        spatial[PLAN].select(axis - 1, 61).fill_(1.0)
+        seen = branch(blurred=["plan_prior"], scales_mm=[16.0]).features(spatial, patient()[1])
+        column = torch.zeros(seen.inside.shape)
+        column[seen.inside] = seen.voxels[:, len(SPATIAL)]
+        profile = column.mean([a for a in range(3) if a != axis - 1])
+        place = (torch.arange(60) - 30) * 2 * edge
+        assert torch.allclose(profile.sum(), torch.tensor(1.0), atol=0.01)
+        assert math.isclose(float((profile * place**2).sum()) ** 0.5, 16.0, rel_tol=0.02)
+
+
+def test_places_are_told_from_the_middle_of_the_targets():
+    spatial, context = patient()
+    seen = branch(blurred=[]).features(spatial, context)
+    x, y, z = torch.zeros(3, *seen.inside.shape)
+    for number, place in enumerate((x, y, z), len(SPATIAL)):
+        place[seen.inside] = seen.voxels[:, number]
+    assert x[6, 4, 4] - x[5, 4, 4] == pytest.approx(2 * 4.0 / 50.0)
+    assert z[6, 4, 5] - z[6, 4, 4] == pytest.approx(2 * 2.0 / 50.0)
+    assert x[5, 4, 4] == pytest.approx(-x[6, 4, 4])  # the targets reach over blocks 4 to 7
+    mirrored = branch(blurred=[]).features(torch.flip(spatial, [1]), context)
+    assert torch.allclose(mirrored.voxels[:, len(SPATIAL)].sort().values, (-seen.voxels[:, len(SPATIAL)]).sort().values)
+
+
+def test_a_patient_without_targets_or_body_gives_no_nan():
+    spatial, context = patient()
+    spatial[SPATIAL.index("prescription")] = 0
+    assert torch.isfinite(branch().features(spatial, context).voxels).all()
+    spatial[BODY] = 0
+    dose = torch.zeros(1, 1, *SIZE)
+    assert torch.equal(begun(0.5).blend(dose, spatial[None], context[None]), dose)
+
+
+@torch.no_grad()
+def test_its_share_is_that_of_the_mean_over_a_block():
+    spatial, context = patient()
+    body = spatial[BODY]
+    dose = (0.9 * body)[None, None]
+    assert torch.equal(branch().eval().blend(dose, spatial[None], context[None]), dose)  # not begun
+    for share, expected in ((0.0, 0.9), (0.25, 0.8), (1.0, 0.5)):
+        made = begun(share)
+        made.perceptrons.last.bias.zero_()  # with the weights, which start at zero: the plan as it is
+        blended = made.blend(dose, spatial[None], context[None])[0, 0]
+        assert torch.allclose(blended[4:-4, 4:-4], torch.tensor(expected), atol=1e-5)
+        assert (blended[body == 0] == 0).all()
+    fine = dose + 0.05 * torch.tensor([1.0, -1.0]).repeat(SIZE[2] // 2) * body  # its mean over every block is the same
+    change = made.blend(fine, spatial[None], context[None]) - made.blend(dose, spatial[None], context[None])
+    assert torch.allclose(change[0, 0, 4:-4, 4:-4], (fine - dose)[0, 0, 4:-4, 4:-4], atol=1e-5)
+
+
+def test_members_are_apart():
+    torch.manual_seed(0)
+    ensemble = PerceptronEnsemble(5, 4, width=8, depth=2, members=3, patient_width=4, patient_dropout=0.0)
+    torch.nn.init.normal_(ensemble.last.weight)
+    voxels, people = torch.rand(2, 7, 5), torch.rand(2, 4)
+    out = ensemble(voxels, people)
+    assert out.shape == (3, 2, 7)
+    assert torch.allclose(ensemble(voxels[1:, 3:4], people[1:])[:, 0, 0], out[:, 1, 3], atol=1e-6)
+    out[1].sum().backward()
+    for parameter in ensemble.parameters():
+        assert parameter.grad[1].abs().sum() > 0 and parameter.grad[[0, 2]].abs().sum() == 0
+
+
+def test_a_dose_that_depends_on_the_place_is_learnt():
+    spatial, context = patient()
+    made = branch(blurred=[], patient_dropout=0.0)
+    seen = made.features(spatial, context)
+    made.begin([(seen.voxels, seen.patient)] * 2, 1.0)
+    wanted = 0.1 * seen.voxels[:, len(SPATIAL)]  # along x from the middle of the targets
+    optimizer = torch.optim.Adam(made.parameters(), 0.01)
+    for _ in range(150):
+        loss = (made(seen.voxels[None], seen.patient[None]) - wanted).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.2 * wanted.abs().mean()
+
+
+def test_what_it_cannot_do_is_said():
+    with pytest.raises(CaseError, match="spacing_z.*missing"):
+        BroadBranch(SPATIAL, CONTEXT[:-1])
+    seen = branch().features(*patient())
+    with pytest.raises(CaseError, match="1 patients"):
+        branch().begin([(seen.voxels, seen.patient)], 0.5)
+    with pytest.raises(CaseError, match="share 1.5"):
+        branch().begin([(seen.voxels, seen.patient)] * 2, 1.5)
+    with pytest.raises(CaseError, match="broad branch without a prior"):
+        ADDiffDose(SPATIAL + CONTEXT, CONTEXT, prior=None, broad={},
+                   denoiser={"channels": [8], "encoder_blocks": [1], "decoder_blocks": [], "attention_levels": []})
+
+
+def test_odd_sizes_are_filled_up():
+    assert mean_of_blocks(torch.ones(1, 3, 2, 2))[0, :, 0, 0].tolist() == [1.0, 0.5]
