@@ -102,6 +102,18 @@ def test_its_share_is_that_of_the_mean_over_a_block():
     assert torch.allclose(change[0, 0, 4:-4, 4:-4], (fine - dose)[0, 0, 4:-4, 4:-4], atol=1e-5)
 
 
+@torch.no_grad()
+def test_what_was_always_the_same_in_training_says_nothing_later():
+    """A prescription or an organ that training never saw otherwise must not move the dose by untrained weights."""
+    made = begun(1.0)
+    torch.nn.init.normal_(made.perceptrons.last.weight)
+    seen = made.features(*patient())
+    other = seen.patient.clone()
+    other[0] += 1.0  # has_ct
+    before, after = (made(seen.voxels[None], figures[None]) for figures in (seen.patient, other))
+    assert torch.allclose(before, after, atol=1e-3)
+
+
 def test_members_are_apart():
     torch.manual_seed(0)
     ensemble = PerceptronEnsemble(5, 4, width=8, depth=2, members=3, patient_width=4, patient_dropout=0.0)

@@ -22,6 +22,7 @@ WEIGHTS = ROOT / "bundle" / "models" / "model.pt"
 SECOND = os.environ.get("DOSE_SECOND_PYTHON")
 AGREE_GY = 0.1
 ROUNDING_GY = 0.001
+FLOAT32 = {"autocast_dtype": "$None"}  # the default is what the processor has
 VERSIONS = ("import sys, numpy, pydicom, torch; "
             "print(*sys.version_info[:2], numpy.__version__, pydicom.__version__, torch.__version__)")
 needs_weights = pytest.mark.skipif(not WEIGHTS.is_file(), reason=f"no trained weights at {WEIGHTS}")
@@ -83,20 +84,21 @@ def test_one_seed_gives_the_same_bits_twice(coarse, tmp_path):
 @pytest.fixture(scope="module")
 def whole(study, tmp_path_factory) -> Path:
     """The shipped network's prediction, in float32 and of the whole volume at once."""
-    return predict(study, tmp_path_factory.mktemp("whole"))
+    return predict(study, tmp_path_factory.mktemp("whole"), **FLOAT32)
 
 
 @needs_weights
 @pytest.mark.slow
-def test_the_shipped_network_gives_the_same_bits_twice(study, whole, tmp_path):
-    again = predict(study, tmp_path)
-    assert volume(whole).tobytes() == volume(again).tobytes()
+@pytest.mark.parametrize("dtype", [FLOAT32["autocast_dtype"], "bfloat16"])
+def test_the_shipped_network_gives_the_same_bits_twice(study, tmp_path, dtype):
+    first, again = (predict(study, tmp_path / name, autocast_dtype=dtype) for name in "ab")
+    assert volume(first).tobytes() == volume(again).tobytes()
 
 
 @needs_weights
 @pytest.mark.slow
 def test_bfloat16(study, whole, tmp_path, capsys):
-    mean, largest = difference(whole, predict(study, tmp_path, inferer__autocast_dtype="bfloat16"))
+    mean, largest = difference(whole, predict(study, tmp_path, autocast_dtype="bfloat16"))
     with capsys.disabled():
         print(f"\nbfloat16 against float32: mean {mean:.4f}, max {largest:.4f} Gy")
     assert 0 < mean < AGREE_GY
@@ -105,7 +107,7 @@ def test_bfloat16(study, whole, tmp_path, capsys):
 @needs_weights
 @pytest.mark.slow
 def test_windows(study, whole, tmp_path, capsys):
-    mean, largest = difference(whole, predict(study, tmp_path, roi_size=[64, 64, 48], overlap_voxels=16))
+    mean, largest = difference(whole, predict(study, tmp_path, roi_size=[64, 64, 48], overlap_voxels=16, **FLOAT32))
     with capsys.disabled():
         print(f"\nwindows against the whole volume: mean {mean:.4f}, max {largest:.4f} Gy")
     assert largest < ROUNDING_GY  # the prior is predicted in windows of its own, and one step is the prior
@@ -118,7 +120,7 @@ def test_another_set_of_packages(study, whole, tmp_path, capsys):
     """Python 3.10, pydicom 2.4 and numpy 1.26 give the newest ones' dose."""
     versions = subprocess.run([SECOND, "-c", VERSIONS], capture_output=True, text=True, check=True).stdout.split()
     assert versions[2].startswith("1.26.") and versions[3].startswith("2.4."), versions
-    mean, largest = difference(whole, predict(study, tmp_path, python=SECOND))
+    mean, largest = difference(whole, predict(study, tmp_path, python=SECOND, **FLOAT32))
     with capsys.disabled():
         print(f"\n{' '.join(versions)} against this environment: mean {mean:.6f}, max {largest:.6f} Gy")
     assert largest < AGREE_GY
