@@ -1,4 +1,4 @@
-"""The broad part of the dose: what a voxel gets by where it lies in the whole patient, by perceptrons at half resolution.
+"""The broad part of the dose: what a voxel gets by where it lies in the patient, by perceptrons at half resolution.
 
 A U-Net in windows of a quarter of a metre errs on a large scale: averaged over blocks of 60 x 60 x 40 mm, half of its
 error is still there, since how much dose each beam carries is decided by the whole patient. A perceptron for each voxel
