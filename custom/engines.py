@@ -14,7 +14,7 @@ import torch
 from ignite import distributed as idist
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
-from monai.data import list_data_collate
+from monai.data import CacheDataset, list_data_collate
 from monai.engines import Evaluator, Trainer
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys
@@ -26,6 +26,7 @@ from custom.whole import whole_file
 
 __all__ = [
     "Attached",
+    "BroadStart",
     "EmaExport",
     "HistoryWriter",
     "MetricsCollector",
@@ -453,6 +454,28 @@ def _check_hash(path: Path) -> None:
         raise CaseError(f"{path}: its SHA-256 is {found.hexdigest()[:16]}..., {listed.name} says "
                         f"{''.join(expected)[:16]}...: not the file that was shipped. Download it anew; if you "
                         f"replaced it on purpose, write the new one: sha256sum {path.name} > {listed.name}")
+
+
+class BroadStart:
+    """Before the training of a network's broad branch, after its weights are loaded: the scale of its features.
+
+    Args:
+        branch: :class:`custom.networks.broad.BroadBranch`.
+        samples: a ``CacheDataset`` whose cached items :class:`custom.transforms.broad.BroadSamplesd` made; what they
+            leave out of a case on purpose does not count.
+        share: of the branch in the mean over a block.
+    """
+
+    def __init__(self, branch: torch.nn.Module, samples: CacheDataset, share: float) -> None:
+        self.branch, self.samples, self.share = branch, samples, share
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, lambda _: self.begin())
+
+    def begin(self) -> None:
+        """Now."""
+        whole = [variant for item in self.samples._cache for variant in item["variants"] if not variant["less"]]
+        self.branch.begin([(v["voxels"], v["patient"]) for v in whole], self.share)
 
 
 class WeightsLoader:

@@ -38,8 +38,8 @@ class BroadSamplesd(Transform):
 
     def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[str, list[dict[str, Tensor]]]:
         whole = {key: torch.as_tensor(data[key]) for key in (Keys.IMAGE, CONTEXT, Keys.LABEL, Keys.BODY)}
-        cases = [whole, self.drop(whole)]
-        return {VARIANTS: [self._sample(case, axes) for case in cases for axes in ((), (1,))]}
+        cases = [(whole, False), (self.drop(whole), True)]
+        return {VARIANTS: [{**self._sample(case, axes), "less": less} for case, less in cases for axes in ((), (1,))]}
 
     def _sample(self, case: Mapping[Hashable, Tensor], axes: tuple[int, ...]) -> dict[str, Tensor]:
         image, label, body = (torch.flip(case[key].float(), axes) for key in (Keys.IMAGE, Keys.LABEL, Keys.BODY))
@@ -62,4 +62,5 @@ class RandBroadVoxelsd(Randomizable, Transform):
     def __call__(self, data: Mapping[str, list[dict[str, Tensor]]]) -> dict[str, Tensor]:
         variant = data[VARIANTS][self.R.randint(len(data[VARIANTS]))]
         drawn = torch.from_numpy(self.R.randint(len(variant["weight"]), size=self.count))
-        return {key: value if key == "patient" else value[drawn].float() for key, value in variant.items()}
+        drawn_ones = {key: variant[key][drawn].float() for key in ("voxels", "residual", "weight")}
+        return {**drawn_ones, "patient": variant["patient"]}

@@ -1,0 +1,62 @@
+"""Samples for the broad branch: what is to be learnt of each block, and which case it is drawn from."""
+
+import pytest
+import torch
+
+from custom.networks.broad import BroadBranch, mean_of_blocks
+from custom.transforms.broad import BroadSamplesd, RandBroadVoxelsd
+
+SPATIAL = ["ct", "prescription", "sdm_Brainstem", "body", "plan_prior"]
+CONTEXT = ["has_ct", "spacing_x", "spacing_y", "spacing_z", "has_Brainstem"]
+SIZE = (12, 10, 8)
+
+
+@pytest.fixture
+def case() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    body = torch.zeros(1, *SIZE, dtype=torch.uint8)
+    body[:, 2:-2, 2:-2] = 1
+    image = torch.rand(len(SPATIAL), *SIZE) * body
+    image[SPATIAL.index("body")] = body[0]
+    return {"image": image.half(), "context": torch.tensor([1.0, 1.0, 1.0, 0.6, 1.0]), "body": body,
+            "label": torch.rand(1, *SIZE).half()}
+
+
+def variants(case, **options):
+    branch = BroadBranch(SPATIAL, CONTEXT, width=4, members=1)
+    return BroadSamplesd(branch, SPATIAL, CONTEXT, **options)(case)["variants"]
+
+
+def test_what_is_learnt_is_the_reference_less_the_plan_in_every_block_of_the_body(case):
+    found = variants(case, ct_prob=0.0, organ_prob=0.0)
+    assert [v["less"] for v in found] == [False, False, True, True]
+    dose = mean_of_blocks(case["label"].float() * case["body"])[0]
+    plan = mean_of_blocks(case["image"][[-1]].float())[0]
+    inside = mean_of_blocks(case["body"].float())[0] > 0
+    assert torch.allclose(found[0]["residual"].float(), (dose - plan)[inside], atol=1e-3)
+    assert (found[0]["weight"] == 1).all()
+    mirrored = torch.flip(dose - plan, [0])[torch.flip(inside, [0])]
+    assert torch.allclose(found[1]["residual"].float(), mirrored, atol=1e-3)
+    for key in ("voxels", "patient"):  # nothing is left out with these probabilities
+        assert torch.equal(found[0][key], found[2][key]) and torch.equal(found[1][key], found[3][key])
+
+
+def test_less_input_is_left_out_of_the_second_pair_alone(case):
+    whole, _, less, _ = variants(case, ct_prob=1.0, organ_prob=1.0)
+    ct, brainstem = SPATIAL.index("ct"), SPATIAL.index("sdm_Brainstem")
+    assert whole["voxels"][:, ct].abs().sum() > 0 and less["voxels"][:, ct].abs().sum() == 0
+    assert (less["voxels"][:, brainstem] == -1).all()
+    assert whole["patient"][[0, 4]].tolist() == [1, 1] and less["patient"][[0, 4]].tolist() == [0, 0]
+    assert torch.equal(whole["residual"], less["residual"])
+
+
+def test_voxels_are_drawn_with_what_belongs_to_them(case):
+    found = variants(case)
+    draw = RandBroadVoxelsd(200)
+    draw.set_random_state(0)
+    for variant in found:
+        drawn = draw({"variants": [variant]})
+        assert drawn["voxels"].shape == (200, found[0]["voxels"].shape[1]) and drawn["voxels"].dtype == torch.float32
+        row = {tuple(v.tolist()): r for v, r in zip(variant["voxels"].float(), variant["residual"].float().tolist())}
+        assert all(row[tuple(v.tolist())] == r for v, r in zip(drawn["voxels"], drawn["residual"].tolist()))
+        assert torch.equal(drawn["patient"], variant["patient"])
