@@ -41,7 +41,7 @@ def run(what: str, patients: Path, out: Path, *options: str, overlays: tuple[str
 
 def test_steps(patients, tmp_path):
     found = run("steps", patients, tmp_path)
-    assert list(found)[:3] == ["plan prior alone", "network's prior", "1 step"] and len(found) == 8
+    assert list(found)[:3] == ["plan prior alone", "prior without the broad branch", "1 step"] and len(found) == 8
     assert all(row["cases"] == 2 and 0 < row["dose_score"] < 20 for row in found.values())
     # these references come from the plan prior's own engine
     assert found["plan prior alone"]["dose_score"] < 6
