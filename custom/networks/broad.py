@@ -161,7 +161,8 @@ class BroadBranch(nn.Module):
 
     def _blend(self, dose: Tensor, spatial: Tensor, context: Tensor) -> Tensor:
         seen = self.features(spatial, context)
-        parts = seen.voxels.split(AT_ONCE) if len(seen.voxels) else [seen.voxels]
+        whole = torch.jit.is_tracing() or not len(seen.voxels)  # a trace would keep the number of parts
+        parts = [seen.voxels] if whole else seen.voxels.split(AT_ONCE)
         correction = torch.cat([self(part[None], seen.patient[None]).float().mean(0)[0] for part in parts])
         here = seen.inside
         mean = mean_of_blocks(dose[None])[0]

@@ -114,6 +114,29 @@ def test_what_was_always_the_same_in_training_says_nothing_later():
     assert torch.allclose(before, after, atol=1e-3)
 
 
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_traced_it_answers_alike_for_another_patient(monkeypatch):
+    """Also where another number of voxels passes the perceptrons at once."""
+    monkeypatch.setattr("custom.networks.broad.AT_ONCE", 100)
+    made = begun(0.5)
+    torch.nn.init.normal_(made.perceptrons.last.weight, std=0.01)
+    spatial, context = patient()
+    dose = (0.4 * spatial[BODY])[None, None]
+
+    class Blending(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.branch = made
+
+        def forward(self, dose, spatial, context):
+            return self.branch.blend(dose, spatial, context)
+
+    traced = torch.jit.trace(Blending(), (dose, spatial[None], context[None]), check_trace=False)
+    short = dose[..., :10], spatial[None, ..., :10], context[None] * 1.2
+    assert torch.allclose(traced(*short), made.blend(*short), atol=1e-4)
+
+
 def test_members_are_apart():
     torch.manual_seed(0)
     ensemble = PerceptronEnsemble(5, 4, width=8, depth=2, members=3, patient_width=4, patient_dropout=0.0)
