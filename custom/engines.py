@@ -14,7 +14,7 @@ import torch
 from ignite import distributed as idist
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
-from monai.data import CacheDataset, list_data_collate
+from monai.data import list_data_collate
 from monai.engines import Evaluator, Trainer
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys
@@ -461,12 +461,12 @@ class BroadStart:
 
     Args:
         branch: :class:`custom.networks.broad.BroadBranch`.
-        samples: a ``CacheDataset`` whose cached items :class:`custom.transforms.broad.BroadSamplesd` made; what they
-            leave out of a case on purpose does not count.
+        samples: what :class:`custom.transforms.broad.BroadSamplesd` made of each case; what they leave out of a case on
+            purpose does not count.
         share: of the branch in the mean over a block.
     """
 
-    def __init__(self, branch: torch.nn.Module, samples: CacheDataset, share: float) -> None:
+    def __init__(self, branch: torch.nn.Module, samples: Sequence[Mapping], share: float) -> None:
         self.branch, self.samples, self.share = branch, samples, share
 
     def attach(self, engine: Engine) -> None:
@@ -474,7 +474,8 @@ class BroadStart:
 
     def begin(self) -> None:
         """Now."""
-        whole = [variant for item in self.samples._cache for variant in item["variants"] if not variant["less"]]
+        items = (self.samples[i] for i in range(len(self.samples)))
+        whole = [variant for item in items for variant in item["variants"] if not variant["less"]]
         self.branch.begin([(v["voxels"], v["patient"]) for v in whole], self.share)
 
 

@@ -24,6 +24,7 @@ WANTED = ("plan_prior", "prescription", "body")
 SPACING = ("spacing_x", "spacing_y", "spacing_z")
 SPACING_UNIT_MM = 4.0  # of the context's spacing_x, ...
 PLACE_UNIT_MM = 50.0
+FAR = 1e3  # in that unit, where there are no targets
 HALF = 0.5  # of the highest prescription: a voxel above it belongs to the targets
 HIGHEST = 0.95
 TURNS = (1, 2, 3, 9)  # of the angle around the targets; 9 for nine beams
@@ -65,6 +66,8 @@ class BroadBranch(nn.Module):
     Raises:
         CaseError: a channel that is missing.
     """
+
+    taken_whole = True  # its share without its perceptrons would spoil the dose (custom.networks.growth)
 
     def __init__(
         self,
@@ -237,7 +240,11 @@ def mean_of_blocks(x: Tensor) -> Tensor:
 
 
 def _blurred(x: Tensor, scale_mm: float, edges_mm: Tensor) -> Tensor:
-    """Gaussian means of ``(C, X, Y, Z)``, weighted by what lies within the volume."""
+    """Gaussian means of ``(C, X, Y, Z)``, weighted by what lies within the volume.
+
+    MONAI's ``GaussianFilter`` lets the means fall towards the volume's faces, where scans cut through the patient, and
+    fixes its kernel, which a trace would keep for patients with other voxels.
+    """
     for axis, edge in enumerate(edges_mm, 1):
         place = torch.arange(x.shape[axis], device=x.device) * edge
         weight = torch.exp(-0.5 * ((place[:, None] - place[None]) / scale_mm).square())
@@ -260,7 +267,7 @@ def _places(prescription: Tensor, body: Tensor, edges_mm: Tensor) -> Tensor:
     for turns in TURNS:
         out += [torch.cos(turns * angle), torch.sin(turns * angle)]
     out.append(torch.hypot(out[0], out[1]))
-    along = torch.where(targets.amax((0, 1)) > 0, axes[2], torch.full_like(axes[2], float("nan")))
-    low, high = torch.nan_to_num(along, nan=1e3).min(), torch.nan_to_num(along, nan=-1e3).max()
+    along = targets.amax((0, 1)) > 0
+    low, high = torch.where(along, axes[2], FAR).min(), torch.where(along, axes[2], -FAR).max()
     out += [(axes[2] - low).expand_as(body), (high - axes[2]).expand_as(body)]
     return torch.stack(out)

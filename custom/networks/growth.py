@@ -21,7 +21,8 @@ def grow(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     outgoing weights share the former's, by random shares, so that the copies go different ways in training (wider
     levels of :class:`~custom.networks.blocks.ResidualUNet3D` without attention); a residual block that is new passes
     its input on (blocks added at the end of a level); further conditions, at the end of the spatial or of the context
-    channels, are weighed with zero. Other new parts, and those of another shape, keep their own start.
+    channels, are weighed with zero. Other new parts, and those of another shape, keep their own start; so does all of a
+    module that says ``taken_whole``, where one of its tensors has another shape.
 
     Args:
         network: any module; changed in place.
@@ -32,8 +33,11 @@ def grow(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     own = network.state_dict()
     taken = {}
+    kept = tuple(f"{name}." for name, module in network.named_modules() if getattr(module, "taken_whole", False)
+                 and any(state.get(f"{name}.{key}", value).shape != value.shape
+                         for key, value in module.state_dict().items()))
     for name, value in state.items():
-        if name not in own:
+        if name not in own or name.startswith(kept):
             continue
         if own[name].shape == value.shape:
             taken[name] = value

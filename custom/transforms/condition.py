@@ -14,6 +14,7 @@ from monai.transforms import MapTransform
 from custom.case import Case, CaseError, DoseScale, Keys, Site, Technique
 from custom.geometry.distance import signed_distance_mm
 from custom.metrics import DoseScore
+from custom.networks.broad import SPACING_UNIT_MM
 from custom.physics.fluence import BeamModel, load_objectives, load_trade_offs, plan_dose, traded
 from custom.physics.open_field import open_field_dose
 from custom.transforms.distance_channels import DISTANCE_BUILDERS
@@ -145,7 +146,7 @@ def _mask(c: Conditions, roi: str) -> np.ndarray:
 
 
 def _spacing(c: Conditions, axis: str) -> float:
-    return float(c.case.grid.spacing_mm["xyz".index(axis)] / 4.0)
+    return float(c.case.grid.spacing_mm["xyz".index(axis)] / SPACING_UNIT_MM)
 
 
 BUILDERS: dict[str, Callable[[Conditions, str], np.ndarray | float]] = {

@@ -48,6 +48,25 @@ def test_further_blocks_and_channels_change_nothing_at_first(image):
     assert more and all(name.startswith(("prior.unet.encoder.0.1.", "prior.unet.encoder.1.")) for name in more)
 
 
+@torch.no_grad()
+def test_a_broad_branch_that_does_not_fit_keeps_no_share():
+    """Half of the dose from perceptrons that were not taken would be no dose."""
+    context = ["has_ct", "spacing_x", "spacing_y", "spacing_z"]
+
+    def broad(*further) -> ADDiffDose:
+        spatial = [*SPATIAL, "prescription", *further]
+        return ADDiffDose([*spatial, *context], context, broad={"width": 4, "members": 1},
+                          prior={"channels": [8], "encoder_blocks": [1], "decoder_blocks": []})
+
+    small, same, large = broad(), broad(), broad("plan_prior_sparing")
+    small.broad.share.fill_(0.5)
+    before = {name: value.clone() for name, value in large.broad.state_dict().items()}
+    assert "broad.share" in grow(same, small.state_dict()) and same.broad.share == 0.5
+    taken = grow(large, small.state_dict())
+    assert "gain" in taken and not any(name.startswith("broad.") for name in taken)
+    assert all(torch.equal(value, before[name]) for name, value in large.broad.state_dict().items())
+
+
 def test_what_is_new_learns(image):
     large = network(["plan_prior_sparing"], blocks=(2, 3))
     grow(large, network().state_dict())
