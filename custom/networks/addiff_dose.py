@@ -21,6 +21,7 @@ from custom.networks.addiff_parts import (
     PriorBranch,
     StructureEncoder,
 )
+from custom.networks.beams import beam_channels, corrected_beams
 from custom.networks.blocks import NoiseSchedule, pad_to_multiple, position_encoding
 from custom.networks.broad import BroadBranch
 
@@ -60,7 +61,8 @@ class ADDiffDose(nn.Module):
     Args:
         condition_channels: name of every channel of ``image``: spatial channels first, then the context channels,
             which are constant over the volume and not negative (read as their maximum, so zero padding is harmless).
-            Must hold ``"body"``; ``"ct"`` (HU/1000), ``"plan_prior"`` and ``"has_ct"`` are used where present.
+            Must hold ``"body"``; ``"ct"`` (HU/1000), ``"plan_prior"`` and ``"has_ct"`` are used where present, and
+            ``"plan_beam_..."``, whose doses the prior corrects one by one (:mod:`custom.networks.beams`).
         context_channels: which of them are context; the last ones.
         structure_channels: channels of the structure encoder; by default prescription, distance maps and masks.
         detail_channels: channels that enter the prior once more near its output, and that the denoiser sees.
@@ -110,11 +112,11 @@ class ADDiffDose(nn.Module):
             raise CaseError("ADDiffDose: a broad branch without a prior that it could take part in; give `prior` too")
         self.channels = _ChannelMap(condition_channels, context_channels, structure_channels, detail_channels)
         n_spatial, n_context = len(self.channels.spatial), len(context_channels)
-        n_detail = len(self.channels.detail)
+        n_detail, n_beams = len(self.channels.detail), len(self.channels.beams)
         self.residual_scale, self.token_dim = residual_scale, token_dim
         self.one_step_is_prior = denoiser is None or one_step == "prior"
         self.gain = nn.Parameter(torch.ones(())) if prior is not None and self.channels.plan is not None else None
-        self.prior = None if prior is None else PriorBranch(n_spatial, n_detail, n_context, **prior)
+        self.prior = None if prior is None else PriorBranch(n_spatial, n_detail, n_context, n_beams, **prior)
         self.broad = None if broad is None else BroadBranch(self.channels.spatial, context_channels, **broad)
         self.ct_encoder = None if ct_encoder is None else LightweightVAE3D(**ct_encoder)
         self.schedule = NoiseSchedule(**(schedule or {}))
@@ -232,7 +234,10 @@ class ADDiffDose(nn.Module):
         return self.to_dose(self.denoise(x_t, t, conditions), conditions)
 
     def _prior(self, spatial: Tensor, context: Tensor) -> Tensor:
-        dose = self.prior(spatial, spatial[:, self.channels.detail], context).float()
+        output = self.prior(spatial, spatial[:, self.channels.detail], context).float()
+        dose = output[:, :1]
+        if self.channels.beams:
+            dose = dose + corrected_beams(output[:, 1:], spatial[:, self.channels.beams], dim=1)[:, None]
         if self.gain is not None:
             dose = torch.addcmul(dose, spatial[:, self.channels.plan], self.gain)
         dose = dose * spatial[:, self.channels.body]
@@ -265,12 +270,13 @@ class _ChannelMap:
             raise CaseError(f"network: no 'body' among the spatial condition_channels {self.spatial}")
         if structure is None:
             others = ("ct", "body")
-            structure = [n for n in self.spatial if n not in others and not n.startswith(("beam", "plan_prior"))]
+            structure = [n for n in self.spatial if n not in others and not n.startswith(("beam", "plan_"))]
         unknown = [n for n in structure if n not in self.spatial]
         if unknown:
             raise CaseError(f"network: structure_channels {unknown} are not among {self.spatial}")
         self.structure = [self.spatial.index(n) for n in structure]
         self.detail = [self.spatial.index(n) for n in detail if n in self.spatial]
+        self.beams = beam_channels(self.spatial)
         self.body = self._one("body")
         self.plan = self._one("plan_prior")
         self.ct = self._one("ct")

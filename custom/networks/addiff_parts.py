@@ -144,6 +144,7 @@ class PriorBranch(nn.Module):
         in_channels: spatial condition channels.
         detail_channels: channels that also enter before the last decoder level, undiluted.
         context_channels: context values.
+        beams: further outputs, one a beam, by which the plan's dose of each beam is corrected.
         channels, encoder_blocks, decoder_blocks, norm, activation: see :class:`ResidualUNet3D`.
         embedding_dim: width of the context embedding.
     """
@@ -153,6 +154,7 @@ class PriorBranch(nn.Module):
         in_channels: int,
         detail_channels: int,
         context_channels: int,
+        beams: int = 0,
         channels: Sequence[int] = (24, 48, 96, 160),
         encoder_blocks: Sequence[int] = (1, 2, 2, 2),
         decoder_blocks: Sequence[int] = (1, 1, 1),
@@ -163,14 +165,14 @@ class PriorBranch(nn.Module):
         super().__init__()
         self.context = context_mlp(context_channels, embedding_dim)
         self.unet = ResidualUNet3D(
-            in_channels, 1, channels, encoder_blocks, decoder_blocks, embedding_dim,
+            in_channels, 1 + beams, channels, encoder_blocks, decoder_blocks, embedding_dim,
             norm=norm, activation=activation, detail_channels=detail_channels,
         )  # fmt: skip
         self.multiple = self.unet.multiple
         zero_init(self.unet.out)
 
     def forward(self, spatial: Tensor, detail: Tensor, context: Tensor) -> Tensor:
-        """Dose correction ``(B, 1, X, Y, Z)`` as a fraction of the highest prescription."""
+        """Dose correction as a fraction of the highest prescription, then the beams': ``(B, 1 + beams, X, Y, Z)``."""
         return self.unet(spatial, self.context(context), detail)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from custom.case import CaseError
+from custom.networks.beams import beam_channels, corrected_beams
 
 __all__ = ["BroadBranch", "BroadVoxels", "PerceptronEnsemble", "mean_of_blocks"]
 
@@ -92,16 +93,18 @@ class BroadBranch(nn.Module):
         self.plan, self.prescription, self.body = (spatial.index(name) for name in WANTED)
         self.spacing = [context.index(name) for name in SPACING]
         self.blurred = [spatial.index(name) for name in blurred if name in spatial]
+        self.beams = beam_channels(spatial)  # the first features of a voxel are the spatial channels
         self.scales_mm = tuple(scales_mm)
+        self.structures = [i for i, name in enumerate(spatial) if name.startswith("sdm_")] if self.beams else []
         places = 6 + 2 * len(TURNS) + 3
         voxel_features = len(spatial) + len(self.blurred) * len(self.scales_mm) + places
-        patient_features = len(context) + voxel_features
+        patient_features = len(context) + voxel_features + len(self.beams) * len(self.structures)
         for name, size in (("voxel", voxel_features), ("patient", patient_features)):
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
         self.register_buffer("share", torch.zeros(()))
         self.perceptrons = PerceptronEnsemble(
-            voxel_features, patient_features, width, depth, members, patient_width, patient_dropout
+            voxel_features, patient_features, 1 + len(self.beams), width, depth, members, patient_width, patient_dropout
         )
 
     @torch.no_grad()
@@ -120,8 +123,11 @@ class BroadBranch(nn.Module):
             maps = [spatial]
             maps += [_blurred(spatial[self.blurred], scale, edges_mm) for scale in self.scales_mm]
             maps.append(_places(spatial[self.prescription], body, edges_mm))
-        voxels = torch.cat([m[:, inside] for m in maps]).T
-        return BroadVoxels(voxels, torch.cat([context, voxels.mean(0)]), inside, body, spatial[self.plan])
+            voxels = torch.cat([m[:, inside] for m in maps]).T
+            within = (voxels[:, self.structures] > 0).float()
+            in_structures = voxels[:, self.beams].T @ within / within.sum(0).clamp_min(1)
+            patient = torch.cat([context, voxels.mean(0), in_structures.flatten()])
+        return BroadVoxels(voxels, patient, inside, body, spatial[self.plan])
 
     def begin(self, patients: Iterable[tuple[Tensor, Tensor]], share: float) -> None:
         """Take the features' scale from patients, and from now on this share in the dose.
@@ -145,9 +151,11 @@ class BroadBranch(nn.Module):
 
     def forward(self, voxels: Tensor, patient: Tensor) -> Tensor:
         """Each member's correction of the plan prior ``(M, B, V)``, for ``voxels`` (B, V, F), ``patient`` (B, P)."""
+        beams = voxels[..., self.beams].float()
         voxels = (voxels.float() - self.voxel_mean) / self.voxel_std
         patient = ((patient.float() - self.patient_mean) / self.patient_std).clamp(-RANGE, RANGE)
-        return self.perceptrons(voxels, patient)
+        output = self.perceptrons(voxels, patient)
+        return output[..., 0] + corrected_beams(output[..., 1:].float(), beams, dim=-1)
 
     def blend(self, dose: Tensor, spatial: Tensor, context: Tensor) -> Tensor:
         """The dose with this branch's share in the mean over each block.
@@ -183,6 +191,7 @@ class PerceptronEnsemble(nn.Module):
 
     Args:
         voxel_features, patient_features: inputs.
+        outputs: of each member for each voxel.
         width, depth: of the layers behind the first one, and how many.
         members: perceptrons, which differ in their start and their dropout.
         patient_width: of the patient's layer.
@@ -190,8 +199,8 @@ class PerceptronEnsemble(nn.Module):
     """
 
     def __init__(
-        self, voxel_features: int, patient_features: int, width: int = 160, depth: int = 3, members: int = 6,
-        patient_width: int = 24, patient_dropout: float = 0.3,
+        self, voxel_features: int, patient_features: int, outputs: int = 1, width: int = 160, depth: int = 3,
+        members: int = 6, patient_width: int = 24, patient_dropout: float = 0.3,
     ) -> None:  # fmt: skip
         super().__init__()
         self.width = width
@@ -200,11 +209,11 @@ class PerceptronEnsemble(nn.Module):
         self.dropout = nn.Dropout(patient_dropout)
         self.film = _Linears(members, patient_width, 2 * width)
         self.hidden = nn.ModuleList(_Linears(members, width, width) for _ in range(depth))
-        self.last = _Linears(members, width, 1)
+        self.last = _Linears(members, width, outputs)
         nn.init.zeros_(self.last.weight)
 
     def forward(self, voxels: Tensor, patient: Tensor) -> Tensor:
-        """``(M, B, V)`` of ``voxels`` (B, V, F) and ``patient`` (B, P)."""
+        """``(M, B, V, outputs)`` of ``voxels`` (B, V, F) and ``patient`` (B, P)."""
         batch, count = voxels.shape[:2]
         told = self.dropout(F.silu(self.patient(patient)))
         scale, shift = self.film(told)[:, :, None].chunk(2, dim=-1)  # (M, B, 1, width)
@@ -212,7 +221,7 @@ class PerceptronEnsemble(nn.Module):
         x = F.silu(torch.addcmul(shift, x, 1 + scale)).flatten(1, 2)
         for layer in self.hidden:
             x = x + F.silu(layer(F.layer_norm(x, (self.width,))))
-        return self.last(x).unflatten(1, (batch, count)).squeeze(-1)
+        return self.last(x).unflatten(1, (batch, count))
 
 
 class _Linears(nn.Module):

@@ -12,6 +12,7 @@ from custom.networks.blocks import ResidualBlock, zero_init
 __all__ = ["grow"]
 
 ENTRANCES = ("context.0", "detail", "down.0")  # layers whose inputs are conditions, not features of the network
+EXITS = ("unet.out",)  # layers whose further outputs are zero
 
 
 def grow(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -21,8 +22,9 @@ def grow(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     outgoing weights share the former's, by random shares, so that the copies go different ways in training (wider
     levels of :class:`~custom.networks.blocks.ResidualUNet3D` without attention); a residual block that is new passes
     its input on (blocks added at the end of a level); further conditions, at the end of the spatial or of the context
-    channels, are weighed with zero. Other new parts, and those of another shape, keep their own start; so does all of a
-    module that says ``taken_whole``, where one of its tensors has another shape.
+    channels, are weighed with zero, and further outputs of the network are zero. Other new parts, and those of another
+    shape, keep their own start; so does all of a module that says ``taken_whole``, where one of its tensors has another
+    shape.
 
     Args:
         network: any module; changed in place.
@@ -67,6 +69,10 @@ def _widened(name: str, own: Tensor, value: Tensor) -> Tensor:
             value = wide
         else:
             value = _shared_inputs(value, own.shape[1])
+    if own.shape[0] > value.shape[0] and layer.endswith(EXITS):
+        tall = own.new_zeros((own.shape[0], *value.shape[1:]))
+        tall[: value.shape[0]] = value
+        value = tall
     if own.shape[0] > value.shape[0]:
         halves = 2 if layer.endswith("film") else 1  # scales, then shifts
         parts = value.chunk(halves)

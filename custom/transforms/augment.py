@@ -15,35 +15,44 @@ from custom.transforms.condition import ABSENT_DISTANCE, CONTEXT
 __all__ = ["RandDropConditionsd", "RandMirrord", "mirror_order"]
 
 
-def mirror_order(names: Sequence[str]) -> list[int]:
-    """Index of each name's counterpart on the other side of the body (``..._L`` and ``..._R``), or its own."""
-    other = {"_L": "_R", "_R": "_L"}
-    partner = [name[:-2] + other[name[-2:]] if name[-2:] in other else name for name in names]
-    return [list(names).index(p) if p in names else i for i, p in enumerate(partner)]
+def mirror_order(names: Sequence[str], pairs: Sequence[Sequence[str]]) -> list[int]:
+    """Index of what takes each name's place in the mirror.
+
+    Args:
+        names: of channels, or of structures.
+        pairs: names that change places. ``("has_Parotid_L", "has_Parotid_R")`` tells so of the structures, too.
+    """
+    names = list(names)
+    order = list(range(len(names)))
+    for pair in pairs:
+        places = [[i for i, name in enumerate(names) if asked == name or asked.endswith(f"_{name}")] for asked in pair]
+        if all(len(place) == 1 for place in places):
+            (a,), (b,) = places
+            order[a], order[b] = b, a
+    return order
 
 
 class RandMirrord(RandomizableTransform, MapTransform):
-    """Mirror the patient left to right: flip the first spatial axis and, where asked, swap paired structures.
+    """Mirror the patient left to right: flip the first spatial axis and swap the channels that trade places.
 
-    Equispaced coplanar beams that start at gantry 0 are their own mirror image, so beam channels only flip. Plans may
-    treat the two organs of a pair differently (OpenKBP's spare the left parotid more than the right). Then a mirrored
-    patient's left parotid must stay the left one, wherever it now lies, or the network learns the mean of both.
+    Equispaced coplanar beams that start at gantry 0 are their own mirror image: what was the beam at 40 degrees is
+    the one at 320. Plans may treat the two organs of a pair differently (OpenKBP's spare the left parotid more than the
+    right). Then a mirrored patient's left parotid must stay the left one, wherever it now lies, or the network learns
+    the mean of both.
 
     Args:
         keys: tensors ``(C, X, Y, Z)`` to flip.
         spatial_channels, context_channels, roi_names: names of the channels of ``image``, ``context`` and ``rois``.
+        swap_channels: pairs of channel names that change places, as inference has them.
         prob: probability.
-        swap_pairs: whether ``..._L`` and ``..._R`` change places, as anatomy has it.
     """
 
     def __init__(self, keys: KeysCollection, spatial_channels: Sequence[str], context_channels: Sequence[str],
-                 roi_names: Sequence[str], prob: float = 0.5, swap_pairs: bool = True) -> None:
+                 roi_names: Sequence[str], swap_channels: Sequence[Sequence[str]] = (), prob: float = 0.5) -> None:
         MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, prob)
-        self.orders = {}
-        if swap_pairs:
-            self.orders = {Keys.IMAGE: mirror_order(spatial_channels), CONTEXT: mirror_order(context_channels),
-                           Keys.ROIS: mirror_order(roi_names)}
+        names = {Keys.IMAGE: spatial_channels, CONTEXT: context_channels, Keys.ROIS: roi_names}
+        self.orders = {key: mirror_order(of_key, swap_channels) for key, of_key in names.items()}
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
         out = dict(data)
@@ -54,8 +63,7 @@ class RandMirrord(RandomizableTransform, MapTransform):
             out[key] = torch.flip(out[key], dims=[1])
             if key in self.orders:
                 out[key] = out[key][self.orders[key]]
-        if CONTEXT in self.orders:
-            out[CONTEXT] = out[CONTEXT][self.orders[CONTEXT]]
+        out[CONTEXT] = out[CONTEXT][self.orders[CONTEXT]]
         return out
 
 

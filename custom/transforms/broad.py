@@ -10,7 +10,7 @@ from torch import Tensor
 
 from custom.case import Keys
 from custom.networks.broad import BroadBranch, mean_of_blocks
-from custom.transforms.augment import RandDropConditionsd
+from custom.transforms.augment import RandDropConditionsd, mirror_order
 from custom.transforms.condition import CONTEXT
 
 __all__ = ["BroadSamplesd", "RandBroadVoxelsd"]
@@ -21,18 +21,21 @@ VARIANTS = "variants"
 class BroadSamplesd(Transform):
     """What the broad branch sees of a prepared training case, once as it is and once without some of its input.
 
-    Each of the two also left-right mirrored, as inference mirrors them (paired organs keep their channels).
+    Each of the two also left-right mirrored, as inference mirrors them.
 
     Args:
         branch: whose features these are.
         spatial_channels, context_channels: see :class:`RandDropConditionsd`.
+        swap_channels: see :func:`~custom.transforms.augment.mirror_order`.
         ct_prob, organ_prob: of the case with less input; see there.
         seed: of what is left out.
     """
 
     def __init__(self, branch: BroadBranch, spatial_channels: Sequence[str], context_channels: Sequence[str],
-                 ct_prob: float = 0.3, organ_prob: float = 0.1, seed: int = 0) -> None:
+                 swap_channels: Sequence[Sequence[str]] = (), ct_prob: float = 0.3, organ_prob: float = 0.1,
+                 seed: int = 0) -> None:
         self.branch = branch
+        self.mirrored = mirror_order(spatial_channels, swap_channels)
         self.drop = RandDropConditionsd(Keys.IMAGE, spatial_channels, context_channels, ct_prob, organ_prob)
         self.drop.set_random_state(seed)
 
@@ -43,7 +46,7 @@ class BroadSamplesd(Transform):
 
     def _sample(self, case: Mapping[Hashable, Tensor], axes: tuple[int, ...]) -> dict[str, Tensor]:
         image, label, body = (torch.flip(case[key].float(), axes) for key in (Keys.IMAGE, Keys.LABEL, Keys.BODY))
-        seen = self.branch.features(image, case[CONTEXT])
+        seen = self.branch.features(image[self.mirrored] if axes else image, case[CONTEXT])
         dose = mean_of_blocks(label * (body > 0))[0]
         return {"voxels": seen.voxels.half(), "patient": seen.patient, "weight": seen.body[seen.inside].half(),
                 "residual": (dose - seen.plan)[seen.inside].half()}

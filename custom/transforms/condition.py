@@ -15,7 +15,7 @@ from custom.case import Case, CaseError, DoseScale, Keys, Site, Technique
 from custom.geometry.distance import signed_distance_mm
 from custom.metrics import DoseScore
 from custom.networks.broad import SPACING_UNIT_MM
-from custom.physics.fluence import BeamModel, load_objectives, load_trade_offs, plan_dose, traded
+from custom.physics.fluence import BeamModel, Plan, load_objectives, load_trade_offs, plan_dose, traded
 from custom.physics.open_field import open_field_dose
 from custom.transforms.distance_channels import DISTANCE_BUILDERS
 
@@ -26,6 +26,7 @@ DISTANCE_SCALE_MM = 50.0
 ABSENT_DISTANCE = -1.0
 PAIRS = {"Lungs": ("Lung_L", "Lung_R")}
 CONTEXT = "context"
+SECTOR_DEG = 40  # of gantry angles: one beam each of nine equispaced ones, some directions of an arc
 
 
 class Conditions:
@@ -42,7 +43,7 @@ class Conditions:
                  trade_offs: Mapping[str, Mapping[str, float]] | None = None) -> None:
         self.case, self.trade_offs = case, trade_offs or {}
         self.plan_options, self.beamlet_mm = plan_options or {}, beamlet_mm
-        self._planned: dict[str, np.ndarray] = {}
+        self._plans: dict[str, Plan] = {}
 
     def build(self, name: str) -> np.ndarray | float:
         """The channel ``name``: an array ``[i, j, k]``, or a number for a context channel."""
@@ -83,9 +84,22 @@ class Conditions:
         unions = [np.logical_or.reduce([self.levels[k] for k in order[: n + 1]]) for n in range(len(order))]
         return dict(zip(order, open_field_dose(self.beam_model, unions), strict=True))
 
+    @cached_property
+    def sector_doses(self) -> list[np.ndarray]:
+        """The plan's dose from each sector of gantry angles, as a fraction of the highest prescription."""
+        scale = DoseScale(self.case.highest_prescription_gy)
+        doses = [np.zeros(self.case.grid.shape, dtype=np.float32) for _ in range(round(360 / SECTOR_DEG))]
+        for angle, dose in self.beam_model.doses(self.plan().fluences):
+            doses[int(angle / SECTOR_DEG + 0.5) % len(doses)] += scale.to_network(dose)
+        return doses
+
     def planned(self, trade_off: str = "") -> np.ndarray:
         """Planned dose as a fraction of the highest prescription; of the file's own weights, or of a trade-off."""
-        if trade_off not in self._planned:
+        return DoseScale(self.case.highest_prescription_gy).to_network(self.plan(trade_off).dose_gy)
+
+    def plan(self, trade_off: str = "") -> Plan:
+        """The plan of the file's own weights, or of a trade-off."""
+        if trade_off not in self._plans:
             options = dict(self.plan_options)
             if trade_off:
                 if trade_off not in self.trade_offs:
@@ -93,9 +107,8 @@ class Conditions:
                                     f"trade-off; they have {', '.join(sorted(self.trade_offs)) or 'none'}")
                 objectives = options.get("objectives") or load_objectives()
                 options["objectives"] = traded(objectives, self.trade_offs[trade_off])
-            plan = plan_dose(self.case, beams=self.beam_model, **options)
-            self._planned[trade_off] = DoseScale(self.case.highest_prescription_gy).to_network(plan.dose_gy)
-        return self._planned[trade_off]
+            self._plans[trade_off] = plan_dose(self.case, beams=self.beam_model, **options)
+        return self._plans[trade_off]
 
     def plan_mean(self, mask: np.ndarray | None) -> float:
         """Mean of the planned dose in a structure; 0 without it."""
@@ -140,6 +153,13 @@ def _beam(c: Conditions, level: str) -> np.ndarray:
     return np.zeros(c.case.grid.shape, dtype=np.float32) if found is None else found
 
 
+def _plan_beam(c: Conditions, angle: str) -> np.ndarray:
+    if not angle.isdecimal() or int(angle) % SECTOR_DEG or int(angle) >= 360:
+        raise CaseError(f"condition channel 'plan_beam_{angle}': the plan's dose is told apart by sectors of "
+                        f"{SECTOR_DEG} degrees of the gantry; expected plan_beam_0, plan_beam_{SECTOR_DEG}, ...")
+    return c.sector_doses[int(angle) // SECTOR_DEG]
+
+
 def _mask(c: Conditions, roi: str) -> np.ndarray:
     mask = c.mask(roi)
     return np.zeros(c.case.grid.shape, dtype=np.float32) if mask is None else mask.astype(np.float32)
@@ -155,6 +175,7 @@ BUILDERS: dict[str, Callable[[Conditions, str], np.ndarray | float]] = {
     "prescription": _prescription,
     "plan_prior_": lambda c, trade_off: c.planned(trade_off),
     "plan_prior": lambda c, _: c.planned(),
+    "plan_beam_": _plan_beam,
     "beam_": _beam,
     "mask_": _mask,
     "sdm_target_": lambda c, level: c.signed_distance(c.levels.get(level)),

@@ -12,7 +12,9 @@ from monai.utils import fall_back_tuple
 from torch import Tensor
 from torch.nn import functional as F
 
-from custom.transforms.condition import CONTEXT
+from custom.case import Keys
+from custom.networks.beams import PREFIX
+from custom.transforms.condition import CONTEXT, SECTOR_DEG
 
 __all__ = ["RandTurnedCropd", "turned_crop"]
 
@@ -43,6 +45,7 @@ class RandTurnedCropd(RandomizableTransform, MapTransform):
             a factor drawn uniformly between ``1 - edge_change`` and ``1 + edge_change``.
         context_channels: names of the entries of ``context``, whose ``spacing_`` entries follow the edges, as does
             ``voxel_cc`` where there is one.
+        spatial_channels: names of the channels of ``image``, whose ``plan_beam_`` channels follow the beams.
 
     Returns:
         A list of ``num_samples`` dictionaries, as MONAI's crops give.
@@ -51,12 +54,12 @@ class RandTurnedCropd(RandomizableTransform, MapTransform):
     def __init__(self, keys: KeysCollection, nearest: Sequence[str] = (), w_key: str = "body",
                  spatial_size: Sequence[int] = (64, 64, 48), angle_deg: float = 40.0, prob: float = 0.3,
                  num_samples: int = 1, jitter_deg: float = 0.0, edge_change: float = 0.0,
-                 context_channels: Sequence[str] = ()) -> None:
+                 context_channels: Sequence[str] = (), spatial_channels: Sequence[str] = ()) -> None:
         MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, prob)
         self.nearest, self.w_key, self.size, self.angle_deg = set(nearest), w_key, tuple(spatial_size), angle_deg
         self.num_samples, self.jitter_deg, self.edge_change = num_samples, jitter_deg, edge_change
-        self.context = tuple(context_channels)
+        self.context, self.spatial = tuple(context_channels), tuple(spatial_channels)
 
     def __call__(self, data: Mapping[Hashable, Tensor]) -> list[dict[Hashable, Tensor]]:
         weights = torch.as_tensor(data[self.w_key])[0]
@@ -71,6 +74,8 @@ class RandTurnedCropd(RandomizableTransform, MapTransform):
         angle, edges = self._turn() if self._do_transform else (0.0, (1.0, 1.0))
         for key in self.key_iterator(out):
             out[key] = turned_crop(torch.as_tensor(out[key]), centre, size, angle, key in self.nearest, edges)
+        if angle and self.spatial:
+            out[Keys.IMAGE] = out[Keys.IMAGE][turned_beams(self.spatial, angle)]
         if edges != (1.0, 1.0) and self.context:
             factors = [edges[EDGE_OF[name]] if name in EDGE_OF else 1.0 for name in self.context]
             out[CONTEXT] = out[CONTEXT] * torch.tensor(factors)
@@ -87,6 +92,17 @@ class RandTurnedCropd(RandomizableTransform, MapTransform):
             return angle, (1.0, 1.0)
         low, high = 1 - self.edge_change, 1 + self.edge_change
         return angle, (self.R.uniform(low, high), self.R.uniform(low, high))
+
+
+def turned_beams(names: Sequence[str], angle_deg: float) -> list[int]:
+    """For each spatial channel, which of the volume's is in its place in the patch of :func:`turned_crop`.
+
+    A beam from gantry angle g comes from ``g - angle_deg`` in the patch; each sector's dose is the nearest one's.
+    """
+    turns = round(angle_deg / SECTOR_DEG)
+    beams = {f"{PREFIX}{angle}": angle for angle in range(0, 360, SECTOR_DEG)}
+    source = [f"{PREFIX}{(beams[n] + turns * SECTOR_DEG) % 360}" if n in beams else n for n in names]
+    return [list(names).index(s) if s in names else i for i, s in enumerate(source)]
 
 
 def turned_crop(volume: Tensor, centre: Sequence[int], size: Sequence[int], angle_deg: float, nearest: bool,

@@ -66,6 +66,20 @@ def test_untrained_network_answers_the_plan_prior(denoiser):
     torch.testing.assert_close(dose[:, 0], image[:, PLAN] * image[:, BODY])
 
 
+@torch.no_grad()
+def test_each_beam_of_the_plan_is_corrected_by_an_output_of_its_own():
+    spatial = [*SPATIAL, "plan_beam_0", "plan_beam_40"]
+    network = make_network(condition_channels=spatial + CONTEXT, denoiser=None).eval()
+    image = make_image()
+    beams = 0.1 * torch.rand(1, 2, *image.shape[2:], generator=torch.Generator().manual_seed(2))
+    image = torch.cat([image[:, : len(SPATIAL)], beams, image[:, len(SPATIAL) :]], dim=1)
+    body = image[:, BODY : BODY + 1]
+    assert torch.allclose(network(image), image[:, PLAN : PLAN + 1] * body)  # untrained: the plan as it is
+    network.prior.unet.out.bias[16:24] = 0.1  # of the second beam
+    expected = (image[:, PLAN : PLAN + 1] + 0.3 * beams[:, 1:]) * body
+    assert torch.allclose(network(image), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("channel", ["is_vmat", "spacing_x"])
 def test_context_changes_the_dose(channel):
     image, network = make_image(), wake(make_network()).eval()

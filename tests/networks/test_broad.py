@@ -43,7 +43,7 @@ def test_every_block_of_the_body_is_seen_and_nothing_else():
     assert seen.inside.shape == tuple(n // 2 for n in SIZE)
     assert seen.inside.sum() == (24 - 4) // 2 * (20 - 4) // 2 * 16 // 2 == len(seen.voxels)
     assert torch.equal(seen.patient[: len(CONTEXT)], context)
-    assert torch.allclose(seen.patient[len(CONTEXT) :], seen.voxels.mean(0))
+    assert torch.allclose(seen.patient[len(CONTEXT) :], seen.voxels.mean(0))  # without beams nothing more
     assert torch.allclose(seen.voxels[:, PLAN], torch.tensor(0.5))
 
 
@@ -143,7 +143,7 @@ def test_members_are_apart():
     torch.nn.init.normal_(ensemble.last.weight)
     voxels, people = torch.rand(2, 7, 5), torch.rand(2, 4)
     out = ensemble(voxels, people)
-    assert out.shape == (3, 2, 7)
+    assert out.shape == (3, 2, 7, 1)
     assert torch.allclose(ensemble(voxels[1:, 3:4], people[1:])[:, 0, 0], out[:, 1, 3], atol=1e-6)
     out[1].sum().backward()
     for parameter in ensemble.parameters():
@@ -163,6 +163,40 @@ def test_a_dose_that_depends_on_the_place_is_learnt():
         loss.backward()
         optimizer.step()
     assert loss < 0.2 * wanted.abs().mean()
+
+
+BEAMS = ["plan_beam_0", "plan_beam_40", "sdm_Brainstem"]
+
+
+def with_beams() -> tuple[BroadBranch, torch.Tensor, torch.Tensor]:
+    """Two beams over the halves of the body, and an organ in a part of the second's."""
+    spatial, context = patient()
+    further = torch.zeros(3, *SIZE)
+    further[0, :12], further[1, 12:], further[2] = 0.2, 0.4, -1
+    further[2, 16:20, 4:8] = 0.1
+    further[:2] *= spatial[BODY]
+    torch.manual_seed(0)
+    made = BroadBranch([*SPATIAL, *BEAMS], CONTEXT, blurred=[], width=8, depth=1, members=2, patient_width=4)
+    return made, torch.cat([spatial, further]), context
+
+
+def test_a_patient_has_each_beams_dose_in_each_structure():
+    made, spatial, context = with_beams()
+    seen = made.features(spatial, context)
+    assert torch.allclose(seen.patient[-2:], torch.tensor([0.0, 0.4]))  # of the first, and of the second beam
+    assert torch.equal(seen.patient[: len(CONTEXT)], context)
+
+
+def test_a_beam_that_carries_more_is_learnt():
+    """The outputs of the beams act on the beams' doses as they are, not on the normalised features."""
+    made, spatial, context = with_beams()
+    seen = made.features(spatial, context)
+    made.begin([(seen.voxels, seen.patient)] * 2, 1.0)
+    with torch.no_grad():
+        made.perceptrons.last.bias.zero_()
+        made.perceptrons.last.bias[..., 2] = 0.1  # 30 % more of the second beam
+        change = made(seen.voxels[None], seen.patient[None])[0, 0]
+    assert torch.allclose(change, 0.3 * seen.voxels[:, len(SPATIAL) + 1], atol=1e-6)
 
 
 def test_what_it_cannot_do_is_said():

@@ -49,6 +49,15 @@ def test_further_blocks_and_channels_change_nothing_at_first(image):
 
 
 @torch.no_grad()
+def test_corrections_of_beams_change_nothing_at_first(image):
+    small, large = network(), network(["plan_beam_0", "plan_beam_40", "plan_beam_80"])
+    taken = grow(large, small.state_dict())
+    assert set(taken) == set(small.state_dict())
+    assert taken["prior.unet.out.weight"].shape[0] == 4 * small.prior.unet.out.weight.shape[0]
+    assert torch.allclose(large(with_further(image, 3)), small(image), atol=1e-5)
+
+
+@torch.no_grad()
 def test_a_broad_branch_that_does_not_fit_keeps_no_share():
     """Half of the dose from perceptrons that were not taken would be no dose."""
     context = ["has_ct", "spacing_x", "spacing_y", "spacing_z"]

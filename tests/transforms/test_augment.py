@@ -12,6 +12,7 @@ from custom.transforms.augment import RandDropConditionsd, RandMirrord, mirror_o
 
 SPATIAL = ["ct", "sdm_Parotid_L", "sdm_Parotid_R", "sdm_target_high", "sdm_Lung_L"]
 CONTEXT = ["has_ct", "has_Parotid_L", "has_Parotid_R", "has_Lung_L"]
+PAIRS = [["sdm_Parotid_L", "sdm_Parotid_R"], ["has_Parotid_L", "has_Parotid_R"]]
 ROIS = ["Parotid_R", "SpinalCord", "Parotid_L"]
 CONFIGS = Path(__file__).resolve().parents[2] / "bundle" / "configs"
 
@@ -23,13 +24,14 @@ def data() -> dict:
             "rois": torch.rand(3, 4, 3, 2, generator=generator), "context": torch.tensor([1.0, 1.0, 0.0, 1.0])}
 
 
-def mirror(prob: float = 1.0, **options) -> RandMirrord:
-    return RandMirrord(["image", "label", "rois"], SPATIAL, CONTEXT, ROIS, prob=prob, **options)
+def mirror(pairs=PAIRS, prob: float = 1.0) -> RandMirrord:
+    return RandMirrord(["image", "label", "rois"], SPATIAL, CONTEXT, ROIS, pairs, prob)
 
 
 def test_order_swaps_pairs_and_keeps_the_rest():
-    assert mirror_order(SPATIAL) == [0, 2, 1, 3, 4]  # Lung_R is no channel: the left one stays
-    assert mirror_order(["A_L", "B", "A_R", "C_LR"]) == [2, 1, 0, 3]
+    assert mirror_order(SPATIAL, PAIRS) == [0, 2, 1, 3, 4]
+    assert mirror_order(SPATIAL, [["sdm_Lung_L", "sdm_Lung_R"]]) == [0, 1, 2, 3, 4]  # one is no channel: it stays
+    assert mirror_order(ROIS, PAIRS) == [2, 1, 0]  # the structures of these channels
 
 
 def test_mirror_flips_left_to_right_and_swaps_sides(data):
@@ -42,19 +44,33 @@ def test_mirror_flips_left_to_right_and_swaps_sides(data):
 
 
 def test_mirrored_organs_keep_their_names_where_asked(data):
-    out = mirror(swap_pairs=False)(data)
+    out = mirror([])(data)
     assert all(torch.equal(out[key], data[key].flip(1)) for key in ("image", "label", "rois"))
     assert torch.equal(out["context"], data["context"])
 
 
-@pytest.mark.parametrize("pairs", [[], [["sdm_Parotid_R", "sdm_Parotid_L"]]])
-def test_training_swaps_pairs_where_inference_does(pairs):
+@pytest.mark.parametrize("pairs, swapped", [([], "sdm_Parotid_L"),
+                                            ([["sdm_Parotid_R", "sdm_Parotid_L"]], "sdm_Parotid_R")])
+def test_training_swaps_pairs_where_inference_does(pairs, swapped):
     parser = ConfigParser()
     parser.read_config([CONFIGS / "inference.json", CONFIGS / "train.json"])
     parser["swap_channels"] = pairs
     (at,) = (i for i, node in enumerate(parser["train"]["random_transforms"])
              if isinstance(node, dict) and node["_target_"].endswith("RandMirrord"))
-    assert bool(parser.get_parsed_content(f"train#random_transforms#{at}").orders) == bool(pairs)
+    names, rois = (parser.get_parsed_content(key) for key in ("spatial_channels", "roi_names"))
+    orders = parser.get_parsed_content(f"train#random_transforms#{at}").orders
+    assert [names[i] for i in orders["image"]].index("sdm_Parotid_L") == names.index(swapped)
+    assert [rois[i] for i in orders["rois"]].index("Parotid_L") == rois.index(swapped.removeprefix("sdm_"))
+
+
+def test_the_beams_of_a_mirrored_patient_come_from_the_other_side():
+    parser = ConfigParser()
+    parser.read_config(CONFIGS / "inference.json")
+    names = parser.get_parsed_content("spatial_channels")
+    mirrored = [names[i] for i in mirror_order(names, parser.get_parsed_content("swap_channels"))]
+    angles = {name: int(name.removeprefix("plan_beam_")) for name in names if name.startswith("plan_beam_")}
+    assert len(angles) == 9
+    assert all((angles[a] + angles[b]) % 360 == 0 if a in angles else a == b for a, b in zip(names, mirrored))
 
 
 def test_mirroring_twice_is_the_identity(data):

@@ -52,8 +52,8 @@ def conditions() -> Conditions:
 
 
 # ------------------------------------------------------------------------------------------------------ builders
-SPATIAL = ["ct", "body", "prescription", "plan_prior", "plan_prior_sparing", "beam_high", "beam_mid", "beam_low",
-           "mask_Parotid_L",
+SPATIAL = ["ct", "body", "prescription", "plan_prior", "plan_prior_sparing", "plan_beam_120",
+           "beam_high", "beam_mid", "beam_low", "mask_Parotid_L",
            "sdm_target_high", "sdm_target_mid", "sdm_target_low", "sdm_Parotid_L",
            *(f"{form}_{roi}" for form in ("psdm", "isdm", "tsbdm", "mask") for roi in ("target_high", "Parotid_L"))]
 CONTEXT = ["has_ct", "has_target_mid", "has_Parotid_L", "is_vmat", "is_lung", "prescription_level", "spacing_x",
@@ -104,6 +104,30 @@ def test_plans_of_other_trade_offs(conditions):
     assert sparing[tissue].mean() < usual[tissue].mean() < covering[tissue].mean()
     with pytest.raises(CaseError, match="'plan_prior_bold'.*no such trade-off; they have coverage, sparing"):
         traded.build("plan_prior_bold")
+
+
+def test_the_plans_dose_beam_by_beam(conditions):
+    """Beams from 0, 120 and 240 degrees: each sector holds its own, from its side; all together are the plan."""
+    doses = {angle: conditions.build(f"plan_beam_{angle}") for angle in range(0, 360, 40)}
+    np.testing.assert_allclose(sum(doses.values()), conditions.build("plan_prior"), atol=1e-5)
+    assert [angle for angle, dose in doses.items() if dose.any()] == [0, 120, 240]
+    j = np.arange(SHAPE[1])[None, :, None]
+    depth = {angle: (doses[angle] * j).sum() / doses[angle].sum() for angle in (0, 120, 240)}
+    assert depth[0] < depth[120] and depth[0] < depth[240]  # gantry 0 is anterior: most of its dose lies there
+    for angle in ("20", "360", "x"):
+        with pytest.raises(CaseError, match=f"'plan_beam_{angle}'.*sectors of 40 degrees.*plan_beam_40"):
+            conditions.build(f"plan_beam_{angle}")
+
+
+def test_directions_of_an_arc_go_to_the_nearest_sector():
+    angles = (345.0, 10.0, 21.0, 60.0, 79.0)
+    beams = (Beam("arc", angles, (-2.0, 2.5, 3.0)),)
+    drawn = Conditions(drawn_case(beams=beams), {"objectives": None, "iterations": 2}, 12.0)
+    fields = dict(drawn.beam_model.doses(drawn.plan().fluences))
+    assert set(fields) == set(angles)
+    for sector, members in ((0, (345.0, 10.0)), (40, (21.0,)), (80, (60.0, 79.0)), (120, ())):
+        expected = sum((fields[angle] / 70.0 for angle in members), np.zeros(SHAPE))
+        np.testing.assert_allclose(drawn.build(f"plan_beam_{sector}"), expected, atol=1e-5)
 
 
 def test_figures_of_the_whole_patient(conditions):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from custom.transforms.rotate import RandTurnedCropd, turned_crop
+from custom.transforms.rotate import RandTurnedCropd, turned_beams, turned_crop
 
 
 @pytest.fixture
@@ -126,3 +126,32 @@ def test_turned_patches_vary_within_what_was_asked_and_tell_their_spacing(volume
     assert quarter == {0, 1, 2, 3} and 4 < away.max() <= 5.01
     assert 0.9 <= edges.min() < 0.92 and 1.08 < edges.max() <= 1.1
     assert data["context"][1] == 0.9 and data["voxel_cc"] == 0.04  # the case itself is left alone
+
+
+def rays(shape=(61, 61, 3), centre=30) -> tuple[list[str], torch.Tensor]:
+    """The channels ``plan_beam_0`` to ``plan_beam_320``, each a ray from the centre towards its source."""
+    names, volume = [], torch.zeros(9, *shape)
+    for n, angle in enumerate(range(0, 360, 40)):
+        names.append(f"plan_beam_{angle}")
+        for r in np.linspace(0, 25, 200):  # the axes are LPS: gantry 0 is anterior, towards -y; 90 to the left, +x
+            volume[n, round(centre + r * np.sin(np.deg2rad(angle))), round(centre - r * np.cos(np.deg2rad(angle)))] = 1
+    return names, volume
+
+
+@pytest.mark.parametrize("angle", [40.0, 160.0, 320.0, 85.0, -7.0])
+def test_beams_keep_the_direction_they_are_named_after(angle):
+    names, volume = rays()
+    turned = turned_crop(volume, (30, 30, 1), (61, 61, 3), angle, nearest=True)[turned_beams(names, angle)]
+    i, j = torch.meshgrid(torch.arange(61.0) - 30, torch.arange(61.0) - 30, indexing="ij")
+    for n, gantry in enumerate(range(0, 360, 40)):
+        ray = turned[n, :, :, 1]
+        found = np.rad2deg(np.arctan2(float((ray * i).sum()), float(-(ray * j).sum())))
+        away = (found - gantry + 180) % 360 - 180
+        expected = (angle + 20) % 40 - 20  # what a sector cannot follow
+        assert away == pytest.approx(-expected, abs=2.0)
+
+
+def test_other_channels_keep_their_places():
+    assert turned_beams(["ct", "plan_beam_0", "plan_prior"], 80.0) == [0, 1, 2]  # one that is not given stays
+    assert turned_beams(["plan_beam_0", "body", "plan_beam_40"], 40.0) == [2, 1, 2]
+    assert turned_beams(["a", "b"], 200.0) == [0, 1]
