@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -149,17 +149,13 @@ class BeamModel:
         out[self.index] = body_values
         return out
 
-    def doses(self, fluences: Sequence[np.ndarray]) -> Iterator[tuple[float, np.ndarray]]:
-        """Gantry angle and dose on the case's grid of one fluence a direction."""
-        for direction, dose in zip(self.directions, self._body_doses(fluences), strict=True):
-            yield direction.gantry_deg, self.volume(dose)
-
-    def _body_doses(self, fluences: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-        return (field.forward(fluence) for field, fluence in zip(self.fields, fluences, strict=True))
+    def dose_of(self, direction: Direction, fluence: np.ndarray) -> np.ndarray:
+        """Dose of one of the directions on the case's grid."""
+        return self.volume(self.fields[self.directions.index(direction)].forward(fluence))
 
     def plan(self, fluences: list[np.ndarray]) -> Plan:
         """The plan of one fluence a direction."""
-        dose = sum(self._body_doses(fluences))
+        dose = sum(field.forward(fluence) for field, fluence in zip(self.fields, fluences, strict=True))
         return Plan(self.volume(dose), fluences, [d.u_mm for d in self.directions], [d.w_mm for d in self.directions],
                     [d.gantry_deg for d in self.directions])
 

@@ -84,14 +84,13 @@ class Conditions:
         unions = [np.logical_or.reduce([self.levels[k] for k in order[: n + 1]]) for n in range(len(order))]
         return dict(zip(order, open_field_dose(self.beam_model, unions), strict=True))
 
-    @cached_property
-    def sector_doses(self) -> list[np.ndarray]:
-        """The plan's dose from each sector of gantry angles, as a fraction of the highest prescription."""
-        scale = DoseScale(self.case.highest_prescription_gy)
-        doses = [np.zeros(self.case.grid.shape, dtype=np.float32) for _ in range(round(360 / SECTOR_DEG))]
-        for angle, dose in self.beam_model.doses(self.plan().fluences):
-            doses[int(angle / SECTOR_DEG + 0.5) % len(doses)] += scale.to_network(dose)
-        return doses
+    def sector_dose(self, middle_deg: int) -> np.ndarray:
+        """The plan's dose from a sector of gantry angles, as a fraction of the highest prescription."""
+        dose = np.zeros(self.case.grid.shape, dtype=np.float32)
+        for direction, fluence in zip(self.beam_model.directions, self.plan().fluences, strict=True):
+            if int(direction.gantry_deg / SECTOR_DEG + 0.5) * SECTOR_DEG % 360 == middle_deg:
+                dose += self.beam_model.dose_of(direction, fluence)
+        return DoseScale(self.case.highest_prescription_gy).to_network(dose)
 
     def planned(self, trade_off: str = "") -> np.ndarray:
         """Planned dose as a fraction of the highest prescription; of the file's own weights, or of a trade-off."""
@@ -157,7 +156,7 @@ def _plan_beam(c: Conditions, angle: str) -> np.ndarray:
     if not angle.isdecimal() or int(angle) % SECTOR_DEG or int(angle) >= 360:
         raise CaseError(f"condition channel 'plan_beam_{angle}': the plan's dose is told apart by sectors of "
                         f"{SECTOR_DEG} degrees of the gantry; expected plan_beam_0, plan_beam_{SECTOR_DEG}, ...")
-    return c.sector_doses[int(angle) // SECTOR_DEG]
+    return c.sector_dose(int(angle))
 
 
 def _mask(c: Conditions, roi: str) -> np.ndarray:
