@@ -291,9 +291,11 @@ class DoseDiffusionInferer(Inferer):
     def _flip(self, image: Tensor, axes: list[int]) -> Tensor:
         if not axes:
             return image
-        if 0 in axes and self.swapped_order is not None:
-            image = image[:, self.swapped_order]
-        return torch.flip(image, [a + 2 for a in axes])
+        swapped = self.swapped_order if 0 in axes else None
+        flipped = torch.empty_like(image)  # channel by channel: of a large patient two images at a time are enough
+        for channel, source in enumerate(swapped or range(image.shape[1])):
+            flipped[:, channel] = torch.flip(image[:, source], [a + 1 for a in axes])
+        return flipped
 
     def _autocast(self, image: Tensor) -> torch.autocast:
         return torch.autocast(image.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)

@@ -41,7 +41,7 @@ class BroadVoxels(NamedTuple):
         voxels: ``(N, F)`` features of the blocks inside the body.
         patient: ``(P,)`` features of the patient.
         inside: ``(X/2, Y/2, Z/2)`` boolean, where the N blocks lie, in C order.
-        body: ``(X/2, Y/2, Z/2)`` share of each block that is body.
+        body, targets: ``(X/2, Y/2, Z/2)`` share of each block that is body, and that belongs to the targets.
         plan: ``(X/2, Y/2, Z/2)`` plan prior, mean over the block.
     """
 
@@ -49,13 +49,15 @@ class BroadVoxels(NamedTuple):
     patient: Tensor
     inside: Tensor
     body: Tensor
+    targets: Tensor
     plan: Tensor
 
 
 class BroadBranch(nn.Module):
     """Mean dose of blocks of 2 x 2 x 2 voxels over the whole patient, and how it enters the dose of a U-Net.
 
-    Until :meth:`begin` is told otherwise its share is zero, so that an untrained branch changes nothing.
+    Until :meth:`begin` is told otherwise its share is zero, so that an untrained branch changes nothing. In the targets
+    it has none: there the dose is told by its extremes (D95, D1), which a mean absolute error rounds off.
 
     Args:
         spatial_channels, context_channels: names of what :meth:`features` gets; ``plan_prior``, ``prescription``,
@@ -116,6 +118,7 @@ class BroadBranch(nn.Module):
             context: ``(m,)``.
         """
         with torch.autocast(spatial.device.type, enabled=False):  # places and kernels want more digits than bfloat16's
+            targets = mean_of_blocks((spatial[[self.prescription]] > HALF).float())[0]
             spatial, context = mean_of_blocks(spatial.float()), context.float()
             body = spatial[self.body]
             inside = body > INSIDE
@@ -127,7 +130,7 @@ class BroadBranch(nn.Module):
             within = (voxels[:, self.structures] > 0).float()
             in_structures = voxels[:, self.beams].T @ within / within.sum(0).clamp_min(1)
             patient = torch.cat([context, voxels.mean(0), in_structures.flatten()])
-        return BroadVoxels(voxels, patient, inside, body, spatial[self.plan])
+        return BroadVoxels(voxels, patient, inside, body, targets, spatial[self.plan])
 
     def begin(self, patients: Iterable[tuple[Tensor, Tensor]], share: float) -> None:
         """Take the features' scale from patients, and from now on this share in the dose.
@@ -178,7 +181,8 @@ class BroadBranch(nn.Module):
         here = seen.inside
         mean = mean_of_blocks(dose[None])[0]
         change = torch.zeros_like(mean)
-        change[here] = self.share * (seen.plan[here] + correction - mean[here]) / seen.body[here]
+        share = self.share * (1 - seen.targets[here])
+        change[here] = share * (seen.plan[here] + correction - mean[here]) / seen.body[here]
         change = F.interpolate(change[None, None], scale_factor=2.0, mode="trilinear", align_corners=False)[0, 0]
         i, j, k = dose.shape
         return (dose + change[:i, :j, :k]).clamp_min(0) * spatial[self.body]

@@ -95,9 +95,11 @@ def test_its_share_is_that_of_the_mean_over_a_block():
         made = begun(share)
         made.perceptrons.last.bias.zero_()  # with the weights, which start at zero: the plan as it is
         blended = made.blend(dose, spatial[None], context[None])[0, 0]
-        assert torch.allclose(blended[4:-4, 4:-4], torch.tensor(expected), atol=1e-5)
+        for side in (blended[4:7, 4:-4], blended[17:-4, 4:-4]):  # beside the targets
+            assert torch.allclose(side, torch.tensor(expected), atol=1e-5)
         assert (blended[body == 0] == 0).all()
     fine = dose + 0.05 * torch.tensor([1.0, -1.0]).repeat(SIZE[2] // 2) * body  # its mean over every block is the same
+    assert torch.allclose(blended[9:15, 9:11, 7:9], torch.tensor(0.9))  # in the targets it has none
     change = made.blend(fine, spatial[None], context[None]) - made.blend(dose, spatial[None], context[None])
     assert torch.allclose(change[0, 0, 4:-4, 4:-4], (fine - dose)[0, 0, 4:-4, 4:-4], atol=1e-5)
 
