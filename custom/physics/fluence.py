@@ -149,10 +149,6 @@ class BeamModel:
         out[self.index] = body_values
         return out
 
-    def dose_of(self, direction: Direction, fluence: np.ndarray) -> np.ndarray:
-        """Dose of one of the directions on the case's grid."""
-        return self.volume(self.fields[self.directions.index(direction)].forward(fluence))
-
     def plan(self, fluences: list[np.ndarray]) -> Plan:
         """The plan of one fluence a direction."""
         dose = sum(field.forward(fluence) for field, fluence in zip(self.fields, fluences, strict=True))

@@ -86,10 +86,10 @@ class Conditions:
 
     def sector_dose(self, middle_deg: int) -> np.ndarray:
         """The plan's dose from a sector of gantry angles, as a fraction of the highest prescription."""
-        dose = np.zeros(self.case.grid.shape, dtype=np.float32)
-        for direction, fluence in zip(self.beam_model.directions, self.plan().fluences, strict=True):
+        dose, model = np.zeros(self.case.grid.shape, dtype=np.float32), self.beam_model
+        for direction, field, fluence in zip(model.directions, model.fields, self.plan().fluences, strict=True):
             if int(direction.gantry_deg % 360 / SECTOR_DEG + 0.5) * SECTOR_DEG % 360 == middle_deg:
-                dose += self.beam_model.dose_of(direction, fluence)
+                dose += model.volume(field.forward(fluence))
         return DoseScale(self.case.highest_prescription_gy).to_network(dose)
 
     def planned(self, trade_off: str = "") -> np.ndarray:

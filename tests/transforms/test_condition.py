@@ -124,7 +124,8 @@ def test_directions_of_an_arc_go_to_the_nearest_sector():
     beams = (Beam("arc", angles, (-2.0, 2.5, 3.0)),)
     drawn = Conditions(drawn_case(beams=beams), {"objectives": None, "iterations": 2}, 12.0)
     model = drawn.beam_model
-    fields = {d.gantry_deg: model.dose_of(d, f) for d, f in zip(model.directions, drawn.plan().fluences)}
+    fields = {direction.gantry_deg: model.volume(field.forward(fluence))
+              for direction, field, fluence in zip(model.directions, model.fields, drawn.plan().fluences)}
     assert set(fields) == set(angles)
     for sector, members in ((0, (345.0, 10.0)), (40, (21.0,)), (80, (60.0, 79.0)), (120, ())):
         expected = sum((fields[angle] / 70.0 for angle in members), np.zeros(SHAPE))
