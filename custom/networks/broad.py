@@ -84,8 +84,8 @@ class BroadBranch(nn.Module):
         width: int = 160,
         depth: int = 3,
         members: int = 6,
-        patient_width: int = 24,
-        patient_dropout: float = 0.3,
+        patient_width: int = 48,
+        patient_dropout: float = 0.1,
     ) -> None:  # fmt: skip
         super().__init__()
         spatial, context = list(spatial_channels), list(context_channels)
@@ -185,7 +185,8 @@ class BroadBranch(nn.Module):
         change[here] = share * (seen.plan[here] + correction - mean[here]) / seen.body[here]
         change = F.interpolate(change[None, None], scale_factor=2.0, mode="trilinear", align_corners=False)[0, 0]
         i, j, k = dose.shape
-        return (dose + change[:i, :j, :k]).clamp_min(0) * spatial[self.body]
+        beside = (spatial[self.prescription] <= HALF).to(change.dtype)  # also of what blocks beside the targets pass on
+        return (dose + beside * change[:i, :j, :k]).clamp_min(0) * spatial[self.body]
 
 
 class PerceptronEnsemble(nn.Module):
@@ -204,7 +205,7 @@ class PerceptronEnsemble(nn.Module):
 
     def __init__(
         self, voxel_features: int, patient_features: int, outputs: int = 1, width: int = 160, depth: int = 3,
-        members: int = 6, patient_width: int = 24, patient_dropout: float = 0.3,
+        members: int = 6, patient_width: int = 48, patient_dropout: float = 0.1,
     ) -> None:  # fmt: skip
         super().__init__()
         self.width = width
