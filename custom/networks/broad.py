@@ -204,8 +204,8 @@ class PerceptronEnsemble(nn.Module):
     """
 
     def __init__(
-        self, voxel_features: int, patient_features: int, outputs: int = 1, width: int = 160, depth: int = 3,
-        members: int = 6, patient_width: int = 48, patient_dropout: float = 0.1,
+        self, voxel_features: int, patient_features: int, outputs: int, width: int, depth: int, members: int,
+        patient_width: int, patient_dropout: float,
     ) -> None:  # fmt: skip
         super().__init__()
         self.width = width

@@ -141,7 +141,7 @@ def test_traced_it_answers_alike_for_another_patient(monkeypatch):
 
 def test_members_are_apart():
     torch.manual_seed(0)
-    ensemble = PerceptronEnsemble(5, 4, width=8, depth=2, members=3, patient_width=4, patient_dropout=0.0)
+    ensemble = PerceptronEnsemble(5, 4, outputs=1, width=8, depth=2, members=3, patient_width=4, patient_dropout=0.0)
     torch.nn.init.normal_(ensemble.last.weight)
     voxels, people = torch.rand(2, 7, 5), torch.rand(2, 4)
     out = ensemble(voxels, people)
