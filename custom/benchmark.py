@@ -117,6 +117,9 @@ class Benchmark:
             prior = timed("network, its prior", lambda: self.network.predict_prior(image), self.repeats)
             if getattr(self.network, "broad", None) is not None:
                 prior = timed("network, its broad branch", lambda: self.network.blend(prior, image), self.repeats)
+            if getattr(self.network, "dvh", None) is not None:
+                shift = timed("network, its DVH estimate", lambda: self.network.dvh_shift(prior, image), self.repeats)
+                prior = prior + shift
             known = timed("network, conditions", lambda: self.network.encode(image, prior), self.repeats)
             last = torch.full((1,), self.network.schedule.num_train_timesteps - 1, device=self.device)
             noise = torch.zeros_like(image[:, :1])

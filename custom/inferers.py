@@ -195,6 +195,7 @@ class DoseDiffusionInferer(Inferer):
         mean_of_samples: whether the dose beside the standard deviation is the samples' mean; False takes the estimate
             of one deterministic step, which is nearer to the reference when the samples are few or noisy.
         with_std: give the spread of the samples as a second channel.
+        dvh_estimate: False leaves the estimate of the network's DVH (:mod:`custom.networks.dvh_estimate`) out.
         guidance: steers the dose toward the protocol; None, or a strength of 0, leaves every bit as it is.
 
     Raises:
@@ -220,8 +221,10 @@ class DoseDiffusionInferer(Inferer):
         with_std: bool = False,
         mean_of_samples: bool = True,
         guidance: Guidance | None = None,
+        dvh_estimate: bool = True,
     ) -> None:
         super().__init__()
+        self.dvh_estimate = dvh_estimate
         self.with_std, self.mean_of_samples = with_std, mean_of_samples
         self.guidance = guidance if guidance is not None and guidance.strength > 0 else None
         if self.guidance is not None and roi_size is not None:
@@ -267,16 +270,29 @@ class DoseDiffusionInferer(Inferer):
         """All samples ``(K, B, 1, X, Y, Z)``; each the mean over the flips."""
         inputs = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs  # no MONAI metadata in the networks
         generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
+        shifted = self._shifted_priors(inputs, network)
         total = 0.0
-        for axes in self.flips:
+        for i, axes in enumerate(self.flips):
             image = self._flip(inputs, axes)
-            doses = self._volume(image, network, generator)
+            prior = self._prior(image, network) if shifted is None else shifted[i]
+            doses = self._volume(image, network, generator, prior)
             total = total + torch.flip(doses, [a + 2 for a in axes])
         return (total / len(self.flips)).transpose(0, 1).unsqueeze(2)
 
-    def _volume(self, image: Tensor, network: nn.Module, generator: torch.Generator | None) -> Tensor:
+    def _shifted_priors(self, inputs: Tensor, network: nn.Module) -> list[Tensor] | None:
+        """Each flip's prior with what the DVH estimate asks of their mean; None where there is no estimate to ask."""
+        if not self.dvh_estimate or getattr(network, "dvh", None) is None or network.dvh.share == 0:
+            return None
+        priors = [self._prior(self._flip(inputs, axes), network) for axes in self.flips]
+        mean = sum(torch.flip(p, [a + 2 for a in axes]) for p, axes in zip(priors, self.flips)) / len(priors)
+        shift = network.dvh_shift(mean, inputs)
+        return [(p + torch.flip(shift, [a + 2 for a in axes])).clamp_min(0) for p, axes in zip(priors, self.flips)]
+
+    def _volume(
+        self, image: Tensor, network: nn.Module, generator: torch.Generator | None, prior: Tensor | None
+    ) -> Tensor:
         """Doses ``(B, K, X, Y, Z)`` of an image, in windows where they are wanted."""
-        prior, start = self._prior(image, network), self._start(image, generator)
+        start = self._start(image, generator)
         if self.window is None:
             return self._predict(image, network, generator, start, prior)
         n, k = image.shape[1], image.shape[1] + self.num_samples
@@ -302,13 +318,13 @@ class DoseDiffusionInferer(Inferer):
 
     def _prior(self, image: Tensor, network: nn.Module) -> Tensor | None:
         """The network's prior dose, in windows of its own and blended; None where nothing is to be known beforehand."""
-        blends = getattr(network, "broad", None) is not None  # wants the whole patient, whatever the windows are
+        whole = getattr(network, "sees_whole", False)
         apart = self.prior_roi_size is not None and getattr(network, "denoiser", None) is not None
-        if getattr(network, "prior", None) is None or not (blends or apart):
+        if getattr(network, "prior", None) is None or not (whole or apart):
             return None
         with self._autocast(image):
             dose = self._in_prior_windows(image, network.predict_prior).float()
-            return network.blend(dose, image) if blends else dose
+            return network.blend(dose, image) if whole else dose
 
     def _in_prior_windows(self, image: Tensor, predict: Callable[[Tensor], Tensor]) -> Tensor:
         if self.prior_roi_size is None:

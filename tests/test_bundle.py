@@ -174,3 +174,15 @@ def test_training_in_stages_survives_a_kill(studies, tmp_path):
     after = torch.load(broad / "model.pt", weights_only=True)
     assert after["broad.share"] == 0.25
     assert all(torch.equal(value, after[name]) == (not name.startswith("broad.")) for name, value in state.items())
+    last = tmp_path / "dvh"
+    options = {k: options[k] for k in ("dataset_dir", "validation_share", "cache_dir")}
+    options |= {"output_dir": last, "init_weights": broad / "model.pt", "dvh_share": 0.4}
+    done = run("train_dvh", "train.json", "train_dvh.json", "smoke.json", **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    with (last / "dvh_estimate.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert {"target_high", "SpinalCord"} <= {row["structure"] for row in rows}
+    assert all(float(row["left_out_error_gy"]) < 10 for row in rows)
+    fitted = torch.load(last / "model.pt", weights_only=True)
+    assert fitted["dvh.share"] == pytest.approx(0.4) and after["dvh.share"] == 0
+    assert all(torch.equal(value, fitted[name]) for name, value in after.items() if not name.startswith("dvh."))

@@ -64,6 +64,7 @@ RUN_BY = {
     r"PY -m monai\.bundle run evaluate": "test_bundle.py::test_evaluate_writes_the_scores",
     r"PY -m monai\.bundle run train_autoencoder": "test_bundle.py::test_training_in_stages_survives_a_kill",
     r"PY -m monai\.bundle run train_broad": "test_bundle.py::test_training_in_stages_survives_a_kill",
+    r"PY -m monai\.bundle run train_dvh": "test_bundle.py::test_training_in_stages_survives_a_kill",
     r"PY -m monai\.bundle run train": "test_bundle.py::test_training_in_stages_survives_a_kill",
     r"PY -m custom\.phantom OUT": "test_phantom.py::test_command_line",
     # many_machines.md, experiments.md

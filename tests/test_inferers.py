@@ -232,7 +232,7 @@ class Corrected(IdealDenoiser):
 class Blended(Corrected):
     """That network, with a branch that wants the whole patient."""
 
-    broad = "has one"
+    sees_whole = True
 
     def blend(self, prior, image):
         return prior + image.shape[2]

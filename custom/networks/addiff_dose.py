@@ -24,6 +24,7 @@ from custom.networks.addiff_parts import (
 from custom.networks.beams import beam_channels, corrected_beams
 from custom.networks.blocks import NoiseSchedule, pad_to_multiple, position_encoding
 from custom.networks.broad import BroadBranch
+from custom.networks.dvh_estimate import DvhEstimator
 
 __all__ = ["ADDiffDose", "ConditionalLayer", "Conditions", "LightweightVAE3D", "PriorBranch", "StructureEncoder"]
 
@@ -80,6 +81,8 @@ class ADDiffDose(nn.Module):
         frozen: parts without gradients, kept in eval mode (the paper fixes the VAE's encoder in stage 2).
         broad: arguments of :class:`~custom.networks.broad.BroadBranch`, which takes part in the prior's broad features
             as soon as it has been trained; None for none.
+        dvh: arguments of :class:`~custom.networks.dvh_estimate.DvhEstimator`, which has its say in the prior's DVHs as
+            soon as it has been fitted; None for none.
 
     Raises:
         CaseError: for channel names that do not fit.
@@ -101,6 +104,7 @@ class ADDiffDose(nn.Module):
         one_step: str = "denoiser",
         frozen: Sequence[str] = ("ct_encoder",),
         broad: Mapping[str, Any] | None = None,
+        dvh: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if prior is None and denoiser is None:
@@ -108,8 +112,9 @@ class ADDiffDose(nn.Module):
         if one_step not in ("denoiser", "prior") or (one_step == "prior" and prior is None):
             found = f"{one_step!r} of a network {'without' if prior is None else 'with'} a prior"
             raise CaseError(f"ADDiffDose: one_step {found}; expected 'denoiser', or 'prior' where there is one")
-        if broad is not None and prior is None:
-            raise CaseError("ADDiffDose: a broad branch without a prior that it could take part in; give `prior` too")
+        if prior is None and (broad is not None or dvh is not None):
+            raise CaseError("ADDiffDose: a broad branch or a DVH estimate without a prior that it could take part in; "
+                            "give `prior` too")
         self.channels = _ChannelMap(condition_channels, context_channels, structure_channels, detail_channels)
         n_spatial, n_context = len(self.channels.spatial), len(context_channels)
         n_detail, n_beams = len(self.channels.detail), len(self.channels.beams)
@@ -118,6 +123,7 @@ class ADDiffDose(nn.Module):
         self.gain = nn.Parameter(torch.ones(())) if prior is not None and self.channels.plan is not None else None
         self.prior = None if prior is None else PriorBranch(n_spatial, n_detail, n_context, n_beams, **prior)
         self.broad = None if broad is None else BroadBranch(self.channels.spatial, context_channels, **broad)
+        self.dvh = None if dvh is None else DvhEstimator(self.channels.spatial, context_channels, **dvh)
         self.ct_encoder = None if ct_encoder is None else LightweightVAE3D(**ct_encoder)
         self.schedule = NoiseSchedule(**(schedule or {}))
         self.structure_encoder = self.structure_tokens = self.ct_tokens = self.denoiser = None
@@ -167,6 +173,15 @@ class ADDiffDose(nn.Module):
     def blend(self, prior: Tensor, image: Tensor) -> Tensor:
         """The dose of :meth:`predict_prior` with the broad branch's part; ``image`` is the whole patient."""
         return prior if self.broad is None else self.broad.blend(prior, *self.split(image))
+
+    def dvh_shift(self, prior: Tensor, image: Tensor) -> Tensor:
+        """What brings the DVHs of :meth:`blend`'s dose nearer to their estimate; ``image`` is the whole patient."""
+        return torch.zeros_like(prior) if self.dvh is None else self.dvh.shift(prior, *self.split(image))
+
+    @property
+    def sees_whole(self) -> bool:
+        """Whether the prior has parts that want the whole patient, and so is to be known before any window."""
+        return self.broad is not None or self.dvh is not None
 
     def encode(self, image: Tensor, prior: Tensor | None = None) -> Conditions:
         """Everything of the image that the denoiser needs; no gradient reaches the prior branch through it.
@@ -226,6 +241,8 @@ class ADDiffDose(nn.Module):
         """Default prediction: the dose after one deterministic step from t = T."""
         image = _plain(image)
         prior = None if self.prior is None else self.blend(self.predict_prior(image).float(), image)
+        if self.dvh is not None:
+            prior = prior + self.dvh_shift(prior, image)
         if self.one_step_is_prior:
             return prior
         conditions = self.encode(image, prior)

@@ -209,7 +209,7 @@ def test_what_it_cannot_do_is_said():
         branch().begin([(seen.voxels, seen.patient)], 0.5)
     with pytest.raises(CaseError, match="share 1.5"):
         branch().begin([(seen.voxels, seen.patient)] * 2, 1.5)
-    with pytest.raises(CaseError, match="broad branch without a prior"):
+    with pytest.raises(CaseError, match="broad branch or a DVH estimate without a prior"):
         ADDiffDose(SPATIAL + CONTEXT, CONTEXT, prior=None, broad={},
                    denoiser={"channels": [8], "encoder_blocks": [1], "decoder_blocks": [], "attention_levels": []})
 
