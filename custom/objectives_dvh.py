@@ -36,7 +36,7 @@ class DvhFit:
         progress: show a bar over the cases.
 
     Raises:
-        CaseError: a network without a DVH estimate.
+        CaseError: a network without a DVH estimate; no structure that enough cases have.
     """
 
     def __init__(self, network: torch.nn.Module, data: Sequence[Mapping], output_dir: str | Path, share: float,
@@ -63,6 +63,8 @@ class DvhFit:
                 "plan_prior_error_gy": prescription_gy * float(true.abs().mean()),
                 "left_out_error_gy": prescription_gy * float((estimated - true).abs().mean()),
             })  # fmt: skip
+        if not rows:
+            raise CaseError(f"DVH fit: none of {estimator.names} is in three or more of the {len(patients)} cases")
         state = {name: value.contiguous() for name, value in self.network.state_dict().items()}
         with whole_file(self.output_dir / "model.pt") as part:
             torch.save(state, part)

@@ -8,6 +8,7 @@ from custom.case import CaseError
 from custom.networks.addiff_dose import ADDiffDose
 from custom.networks.blocks import NoiseSchedule
 from custom.objectives import AutoencoderObjective, CompositeObjective, DiffusionObjective, RegressionObjective
+from custom.objectives_dvh import DvhFit
 
 CHANNELS = ["ct", "prescription", "body", "plan_prior", "has_ct"]
 
@@ -158,3 +159,45 @@ def test_wrong_arguments_are_named():
         DiffusionObjective(kind="huber")
     with pytest.raises(CaseError, match="weights"):
         CompositeObjective([], [1.0])
+
+
+def dvh_case(seed: int, structures: bool) -> dict:
+    """A prepared case of a network of seven channels: a plan in a box, its reference a tenth lower."""
+    random = torch.Generator().manual_seed(seed)
+    image = torch.zeros(len(DVH_SPATIAL), 8, 8, 6)
+    image[DVH_SPATIAL.index("body"), 1:-1, 1:-1] = 1
+    image[DVH_SPATIAL.index("plan_prior")] = image[DVH_SPATIAL.index("body")] * torch.rand(8, 8, 6, generator=random)
+    image[DVH_SPATIAL.index("sdm_target_high")] = -1
+    if structures:
+        image[DVH_SPATIAL.index("sdm_target_high"), 3:6, 3:6, 2:5] = 1
+    label = 0.9 * image[[DVH_SPATIAL.index("plan_prior")]]
+    return {"image": image, "context": torch.ones(3), "label": label, "prescription_gy": 60.0}
+
+
+DVH_SPATIAL = ["prescription", "sdm_target_high", "body", "plan_prior"]
+DVH_CONTEXT = ["spacing_x", "spacing_y", "spacing_z"]
+
+
+def dvh_network() -> ADDiffDose:
+    return ADDiffDose(DVH_SPATIAL + DVH_CONTEXT, DVH_CONTEXT, dvh={"patients": 6},
+                      prior={"channels": [8], "encoder_blocks": [1], "decoder_blocks": []})
+
+
+def test_dvh_fit_writes_the_network_and_what_it_is_worth(tmp_path):
+    network = dvh_network()
+    rows = DvhFit(network, [dvh_case(i, True) for i in range(6)], tmp_path, 0.5, progress=False).run()
+    assert {(row["structure"], row["metric"]) for row in rows} == {("target_high", m) for m in ("D99", "D95", "D1")}
+    d1 = next(row for row in rows if row["metric"] == "D1")
+    assert d1["plan_prior_error_gy"] == pytest.approx(6.0, abs=0.4)  # a tenth of about 60 Gy
+    assert d1["left_out_error_gy"] < 1.0
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert state["dvh.share"] == 0.5 and state.keys() == network.state_dict().keys()
+    assert len((tmp_path / "dvh_estimate.csv").read_text().splitlines()) == 4
+
+
+def test_dvh_fit_without_anything_to_fit_is_an_error(tmp_path):
+    with pytest.raises(CaseError, match="no DVH estimate"):
+        DvhFit(nn.Linear(1, 1), [], tmp_path, 0.5)
+    with pytest.raises(CaseError, match="three or more of the 4 cases"):
+        DvhFit(dvh_network(), [dvh_case(i, False) for i in range(4)], tmp_path, 0.5, progress=False).run()
+    assert not list(tmp_path.iterdir())

@@ -240,9 +240,13 @@ class DvhEstimator(nn.Module):
         return torch.nan_to_num(scaled).clamp(-RANGE, RANGE)
 
     def _apart(self, inputs: Tensor, s: int) -> Tensor:
-        """Squared distance of ``inputs`` (N, F) to every patient, by what matters for the structure; ``(N, P)``."""
+        """Squared distance of ``inputs`` (N, F) to every patient, by what matters for the structure; ``(N, P)``.
+
+        Infinite to those who have no such structure.
+        """
         distances, _ = group_kernels(inputs, self.seen[s], self.membership)
-        return torch.einsum("g,gnp->np", self.relevance[s].mean(0), distances)
+        distances = torch.einsum("g,gnp->np", self.relevance[s].mean(0), distances)
+        return distances.masked_fill((self.weights[s] == 0).all(0), torch.inf)
 
     def estimate(self, figures: StructureFigures) -> tuple[Tensor, Tensor]:
         """Metrics ``(S, 3)``, and how far each structure is to be believed, 0 to 1, ``(S,)``."""

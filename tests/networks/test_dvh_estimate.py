@@ -174,6 +174,14 @@ def test_a_patient_of_another_kind_is_left_as_he_is(taught, stranger):
     assert not taught.estimate(taught.figures(spatial, context))[1].any()
 
 
+def test_a_patient_without_targets_gives_no_nan(taught):
+    spatial, context = patient(2)
+    for name in ("sdm_target_high", "sdm_target_low", "prescription"):
+        spatial[SPATIAL.index(name)] = 0
+    dose = spatial[SPATIAL.index("plan_prior")]
+    assert torch.isfinite(taught.shift(dose[None, None], spatial[None], context[None])).all()
+
+
 def test_half_precision_keeps_the_estimate(taught):
     again = estimator()
     again.load_state_dict({k: v.half().float() for k, v in taught.state_dict().items()})
