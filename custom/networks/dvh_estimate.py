@@ -55,7 +55,7 @@ class StructureFigures(NamedTuple):
 
 
 class DvhEstimator(nn.Module):
-    """Estimates D99, D95 and D1 of targets, D0.1cc and mean of organs, and moves a dose half of the way there.
+    """Estimates D99, D95 and D1 of targets, D0.1cc and mean of organs, and moves a dose a share of the way there.
 
     Until :meth:`fit` it changes nothing. It knows the patients it was fitted to by standardised figures of their
     structures (no voxels); the dose of a patient who is unlike all of them, or whose plan is of another kind
@@ -82,9 +82,9 @@ class DvhEstimator(nn.Module):
     ) -> None:
         super().__init__()
         spatial, context = list(spatial_channels), list(context_channels)
-        wanted = ("plan_prior", "body", "prescription")
-        missing = [n for n in wanted if n not in spatial] + [n for n in SPACING if n not in context]
-        if missing:
+        missing = [n for n in ("plan_prior", "body") if n not in spatial] + [n for n in SPACING if n not in context]
+        if missing or not any(f"sdm_{name}" in spatial for name in targets):
+            missing = missing or [f"sdm_{name}" for name in targets]
             raise CaseError(f"DVH estimate: channels {missing} are missing; found {spatial} and {context}")
         self.names = [name for name in (*targets, *organs) if f"sdm_{name}" in spatial]
         self.targets = [name in targets for name in self.names]

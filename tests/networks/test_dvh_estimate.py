@@ -226,8 +226,10 @@ def test_too_many_patients_or_too_few_are_an_error():
         with pytest.raises(CaseError, match="expected 3 to 30"):
             made.fit(patients, share)
     assert isinstance(one[0], StructureFigures)
-    with pytest.raises(CaseError, match="body"):
-        DvhEstimator(["plan_prior"], CONTEXT)
+    with pytest.raises(CaseError, match="'body'. are missing"):
+        DvhEstimator(["plan_prior", "sdm_target_high"], CONTEXT)
+    with pytest.raises(CaseError, match="sdm_target_high.* are missing"):
+        DvhEstimator(["plan_prior", "body", "sdm_SpinalCord"], CONTEXT)
 
 
 def network(taught: DvhEstimator, patients: int = 30) -> ADDiffDose:
