@@ -4,7 +4,8 @@ Knowledge-based planning predicts a few figures of each structure's DVH from the
 targets, distances to them: Wu et al., Med Phys 36, 5497, 2009; Yuan et al., Med Phys 39, 6868, 2012). Here the plan
 prior is the first guess, and a Gaussian process says how the reference departs from it. It sees whole structures of a
 few hundred patients and nothing else, so it errs otherwise than a network that sees voxels, and the mean of both is
-better than either. The dose is then moved within each structure, by rank, until its figures are that mean.
+better than either. The dose is then moved within each structure, by a function of itself, until its figures are that
+mean. That function's slope is bounded: what two processors compute differently must not grow.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ NEAR = (0.05, 0.25, 0.5, 0.75, 0.95)  # share of the structure that is farther f
 METRICS = 3  # D99, D95, D1 of a target; D0.1cc and the mean of an organ, and one unused
 TARGET_SHARES = (0.01, 0.05, 0.99)
 HOT_MM3 = 100.0
-STEEPNESS = 6  # of the change towards an organ's hottest voxels
-ROUNDS = 3  # structures overlap, so what one of them asks for is asked again
+STEEPNESS = 4  # of the change towards an organ's hottest voxels
+STRETCH = 2.0  # of the span between two metrics of a target, at most; and 1 / 2 at least
 RANGE = 3.0  # standard deviations to which figures are cut
 LARGEST = 0.1  # of the prescription, by which no figure of a structure is changed
 FEWEST = 3  # patients with a structure, without whom nothing is learnt of it
@@ -297,18 +298,15 @@ class DvhEstimator(nn.Module):
         voxels = self._hot_voxels(context)
         now = torch.stack([_metrics(dose[m], voxels, t) for m, t in zip(masks, self.targets)])
         goal = now + (self.share * trust)[:, None] * (goal - now).clamp(-LARGEST, LARGEST)
-        for _ in range(ROUNDS):
-            for mask, is_target, wanted in zip(masks, self.targets, goal):
-                inside = dose[mask]
-                missing = wanted - _metrics(inside, voxels, is_target)
-                rank = (inside.argsort().argsort() + 0.5) / inside.numel()
-                if is_target:
-                    change = _interpolated(rank, missing)
-                else:  # of an organ, the targets' part is not touched
-                    hot = (rank**STEEPNESS - 1 / (STEEPNESS + 1)) * (1 + 1 / STEEPNESS)
-                    change = (missing[1] + (missing[0] - missing[1]) * hot) * free[mask]
-                dose = dose.clone()
-                dose[mask] = (inside + change).clamp_min(0)
+        for mask, is_target, wanted in zip(masks, self.targets, goal):  # once each: what is asked again and again
+            inside = dose[mask]  # runs away where a metric is but one voxel's dose
+            found = _metrics(inside, voxels, is_target)
+            if is_target:
+                change = _target_change(inside, found, wanted)
+            else:  # of an organ, the targets' part is not touched
+                change = _organ_change(inside, found, wanted) * free[mask]
+            dose = dose.clone()
+            dose[mask] = (inside + change).clamp_min(0)
         return dose
 
 
@@ -349,9 +347,30 @@ def _place(mask: Tensor, axes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return centre, torch.stack([low, high])
 
 
-def _interpolated(rank: Tensor, missing: Tensor) -> Tensor:
-    """Change of each voxel of a target by its rank, linear between D99, D95 and D1."""
-    a, b, c = TARGET_SHARES
-    low = ((rank - a) / (b - a)).clamp(0, 1)
-    high = ((rank - b) / (c - b)).clamp(0, 1)
-    return missing[0] + (missing[1] - missing[0]) * low + (missing[2] - missing[1]) * high
+def _target_change(dose: Tensor, found: Tensor, wanted: Tensor) -> Tensor:
+    """What voxels of a target get more, linear in their dose between D99, D95 and D1 and constant beyond.
+
+    D95 is met; the spans to the others change by a factor of ``STRETCH`` at most.
+    """
+    spans = found.diff().clamp_min(1e-6)
+    wanted_spans = torch.minimum(torch.maximum(wanted.diff(), spans / STRETCH), spans * STRETCH)
+    low, high = wanted_spans - spans
+    below = ((found[1] - dose) / spans[0]).clamp(0, 1)
+    above = ((dose - found[1]) / spans[1]).clamp(0, 1)
+    return wanted[1] - found[1] - low * below + high * above
+
+
+def _organ_change(dose: Tensor, found: Tensor, wanted: Tensor) -> Tensor:
+    """What voxels of an organ get more, so that its mean is met, and its D0.1cc as far as a slope of a half allows.
+
+    No voxel moves farther than the two: of an organ within a target few are free, and far below its mean.
+    """
+    missing = wanted - found
+    top = found[0].clamp_min(1e-3)
+    hot = (dose / top).clamp(0, 1) ** STEEPNESS
+    mean = hot.sum() / torch.ones_like(hot).sum().clamp_min(1)
+    room = (1 - mean).clamp_min(1e-3)
+    largest = 0.5 * top * room / STEEPNESS
+    more = torch.minimum(torch.maximum(missing[0] - missing[1], -largest), largest)
+    farthest = missing[:2].abs().max()
+    return torch.minimum(torch.maximum(missing[1] + more * (hot - mean) / room, -farthest), farthest)

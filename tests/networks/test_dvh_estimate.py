@@ -136,6 +136,20 @@ def test_a_dose_is_moved_to_the_metrics_and_nowhere_else():
     assert (moved - dose)[hot][dose[hot].argmax()] < 0 < (moved - dose)[hot].mean()
 
 
+def test_no_voxel_of_a_small_target_runs_away():
+    """D99 of 75 voxels is little of the coldest one's dose: whatever is asked, no voxel moves much more than that."""
+    spatial, context = patient()
+    low = spatial[SPATIAL.index("sdm_target_low")]
+    low.fill_(-1.0)
+    low[2:7, 6:11, 6:9] = 1.0
+    dose = spatial[SPATIAL.index("plan_prior")]
+    made = estimator()
+    goal = made.metrics(dose, spatial, context)
+    goal[NAMES.index("target_low"), 0] -= 1.0
+    moved = dose + told(made, goal).shift(dose[None, None], spatial[None], context[None])[0, 0]
+    assert (moved - dose).abs().max() <= 0.1 + 1e-6
+
+
 def test_half_a_share_goes_half_of_the_way_and_none_nowhere():
     spatial, context = patient()
     dose = spatial[SPATIAL.index("plan_prior")]
