@@ -52,7 +52,9 @@ class AxialSliceInferer(DoseDiffusionInferer):
             raise CaseError(f"inferer: slices_per_batch {slices_per_batch}; expected 1 or more")
         self.slices_per_batch, self.eta = slices_per_batch, eta
 
-    def _volume(self, image: Tensor, network: nn.Module, generator: torch.Generator | None) -> Tensor:
+    def _volume(
+        self, image: Tensor, network: nn.Module, generator: torch.Generator | None, prior: Tensor | None
+    ) -> Tensor:
         """Doses ``(B, K, X, Y, Z)``; each batch of slices encodes its conditions once for all samples."""
         seeds = torch.randint(2**31, (self.num_samples,), generator=generator).tolist()
         depth, halo, parts = image.shape[-1], network.halo, []
