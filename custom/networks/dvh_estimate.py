@@ -148,6 +148,7 @@ class DvhEstimator(nn.Module):
             edges_mm = SPACING_UNIT_MM * context[self.spacing]
             axes = [torch.arange(n, device=spatial.device) * e / PLACE_UNIT_MM
                     for n, e in zip(spatial.shape[1:], edges_mm)]  # fmt: skip
+            voxels = self._hot_voxels(context)
             treated = torch.stack([m for m, is_target in zip(masks, self.targets) if is_target]).any(0)
             zero, treated_ends = _place(treated, axes)
             own, brief, plan = [], [], []
@@ -167,7 +168,6 @@ class DvhEstimator(nn.Module):
                          shares / shares.sum().clamp_min(1e-3), shares, _mean(ct)]
                 own.append(torch.cat(parts) + gone)
                 brief.append([doses[0, [0, 3, -1]], trade_offs[:, -1], size, place[1:3], 1 + gone])
-                voxels = (HOT_MM3 / edges_mm.prod()).round().clamp_min(1)
                 plan.append(_metrics(plans[0], voxels, is_target))
             present = torch.stack([b[-1] for b in brief])
             others = [torch.stack([b[k] + b[-1][..., None] - 1 for b in brief]) for k in range(4)]
