@@ -210,7 +210,7 @@ def mimic_dose(case: Case, dose_gy: np.ndarray, *, beamlet_mm: float = 5.0, iter
     beams = BeamModel(case, beamlet_mm, max_directions, margin_mm)
     count = beams.index[0].size
     voxels = np.flatnonzero(np.random.default_rng(seed).random(count) < share)
-    wanted = np.asarray(dose_gy, dtype=np.float32)[beams.index][voxels]
+    wanted = np.asarray(dose_gy, dtype=np.float64)[beams.index][voxels]
 
     def loss(dose: np.ndarray) -> tuple[float, np.ndarray]:
         error = dose - wanted
@@ -273,7 +273,7 @@ def _terms(case: Case, objectives: Sequence[Objective], regions) -> list[tuple]:
                 continue
             voxels = np.flatnonzero(regions[name])
             limit = row.dose_gy if row.dose_gy is not None else row.dose_share * own
-            terms.append((row.kind, voxels, np.float32(limit), np.float32(row.weight / max(voxels.size, 1))))
+            terms.append((row.kind, voxels, limit, row.weight / max(voxels.size, 1)))
     return terms
 
 
@@ -285,7 +285,7 @@ def _optimise(fields: list[Field], loss, iterations: int, start_on, smoothing: f
     offsets = np.concatenate([[0], np.cumsum([f.active.sum() for f in fields])])
 
     def unpack(x: np.ndarray) -> list[np.ndarray]:
-        fluences = [np.zeros(f.active.shape, dtype=np.float32) for f in fields]
+        fluences = [np.zeros(f.active.shape) for f in fields]
         for fluence, field, a, b in zip(fluences, fields, offsets[:-1], offsets[1:], strict=True):
             fluence[field.active] = x[a:b]
         return fluences
@@ -298,7 +298,7 @@ def _optimise(fields: list[Field], loss, iterations: int, start_on, smoothing: f
         value, gradient = loss(total(fluences))
         out = np.empty_like(x)
         for field, fluence, a, b in zip(fields, fluences, offsets[:-1], offsets[1:], strict=True):
-            back = field.adjoint(gradient.astype(np.float32))
+            back = field.adjoint(gradient)
             if smoothing:
                 rough, slope = _roughness(fluence)
                 value, back = value + smoothing * rough, back + smoothing * slope
