@@ -1,10 +1,15 @@
-"""Which number format a device computes convolutions fast in."""
+"""What makes a device compute faster: its number format, and compiled parts of a network."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
-__all__ = ["fast_dtype"]
+from custom.case import CaseError
+
+__all__ = ["compile_parts", "fast_dtype"]
 
 
 def fast_dtype(device: torch.device | str) -> str | None:
@@ -18,3 +23,21 @@ def fast_dtype(device: torch.device | str) -> str | None:
     # torch has no public question for this, so a version without these functions computes in float32
     told = any(getattr(torch.cpu, ask, lambda: False)() for ask in asks)
     return "bfloat16" if kind == "cuda" or told else None
+
+
+def compile_parts(network: torch.nn.Module, parts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Let ``torch.compile`` make the forward and backward passes of some parts of a network; names of weights stay.
+
+    Args:
+        network: changed in place; copies of it are not compiled.
+        parts: name of a submodule -> options of ``torch.compile``, as ``{"prior": {}}``.
+
+    Raises:
+        CaseError: a name that is no part of the network.
+    """
+    known = dict(network.named_children())
+    unknown = sorted(set(parts) - set(known))
+    if unknown:
+        raise CaseError(f"compiled: {unknown} are no parts of the network; expected some of {sorted(known)}")
+    for name, options in parts.items():
+        known[name].compile(**options)

@@ -148,6 +148,7 @@ def test_training_in_stages_survives_a_kill(studies, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     out = tmp_path / "dose"
     options |= {"cache_dir": vae / "cache", "vae_weights": vae / "model.pt", "output_dir": out, "val_interval": 1}
+    options["compiled"] = {"prior": {"backend": "eager"}}
     first = subprocess.Popen(command("train", "train.json", "smoke.json", **options), cwd=ROOT,
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
@@ -166,6 +167,7 @@ def test_training_in_stages_survives_a_kill(studies, tmp_path):
     assert all(torch.isfinite(value).all() for value in state.values())
     assert state["broad.share"] == 0
     broad = tmp_path / "broad"
+    del options["compiled"]
     options |= {"output_dir": broad, "init_weights": out / "model.pt", "steps_per_epoch": 20, "broad_share": 0.25}
     done = run("train_broad", "train.json", "train_broad.json", "smoke.json", **options)
     assert done.returncode == 0, done.stderr[-3000:]
