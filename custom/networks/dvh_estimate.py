@@ -368,7 +368,7 @@ def _organ_change(dose: Tensor, found: Tensor, wanted: Tensor) -> Tensor:
     missing = wanted - found
     top = found[0].clamp_min(1e-3)
     hot = (dose / top).clamp(0, 1) ** STEEPNESS
-    mean = hot.sum() / torch.ones_like(hot).sum().clamp_min(1)
+    mean = _mean(hot[None])[0]
     room = (1 - mean).clamp_min(1e-3)
     largest = 0.5 * top * room / STEEPNESS
     more = torch.minimum(torch.maximum(missing[0] - missing[1], -largest), largest)
