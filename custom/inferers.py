@@ -11,6 +11,7 @@ from monai.inferers import Inferer, SlidingWindowInferer
 from torch import Tensor, nn
 
 from custom.case import CaseError
+from custom.networks.noise import draw_noise
 from custom.protocol.guidance import Guidance, Protocol
 
 __all__ = [
@@ -81,7 +82,7 @@ def sample_x0(
 
     Args:
         network: has ``schedule`` and ``denoise(x_t, t, conditions)``.
-        x_t: start, usually unit noise.
+        x_t: start, usually the network's noise.
         conditions: passed on.
         num_steps: evaluations of the denoiser.
         generator: random numbers on the CPU for DDPM.
@@ -121,7 +122,7 @@ def _sample_ddpm(
         now, after = float(alpha_bar[step]), float(alpha_bar[step - 1])
         beta = 1 - now / after
         mean = after**0.5 * beta / (1 - now) * x0 + (now / after) ** 0.5 * (1 - after) / (1 - now) * x_t
-        noise = torch.randn(x_t.shape, generator=generator).to(x_t)
+        noise = draw_noise(network, x_t.shape, generator, getattr(conditions, "beams", None)).to(x_t)
         x_t = mean + (beta * (1 - after) / (1 - now)) ** 0.5 * noise
     x0 = network.denoise(x_t, torch.zeros(x_t.shape[0], dtype=torch.long, device=x_t.device), conditions)
     return x0 if guide is None else guide(x0)
@@ -177,8 +178,8 @@ class DoseDiffusionInferer(Inferer):
     Args:
         num_inference_steps: evaluations of the denoiser; the schedule's T for DDPM.
         num_samples: samples drawn; the call returns their mean.
-        stochastic: start from unit noise; False starts from zero, the middle of the noise. By default one step of one
-            sample starts from zero, everything else from noise.
+        stochastic: start from the network's noise; False starts from zero, the middle of the noise. By default one step
+            of one sample starts from zero, everything else from noise.
         seed: makes the samples repeatable; None draws from torch's generator.
         flips: test-time flips, each a list of spatial axes, for example ``[[0]]`` for left-right; averaged.
         condition_channels: names of the image's channels, for ``swap_channels``.
@@ -256,6 +257,10 @@ class DoseDiffusionInferer(Inferer):
 
     def mean_and_std(self, inputs: Tensor, network: nn.Module) -> tuple[Tensor, Tensor]:
         """Dose and standard deviation over the samples, each ``(B, 1, X, Y, Z)``; the latter 0 for one sample."""
+        return self.dose_std_and_samples(inputs, network)[:2]
+
+    def dose_std_and_samples(self, inputs: Tensor, network: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of :meth:`mean_and_std`, and the samples ``(K, B, 1, X, Y, Z)``."""
         samples = self.sample(inputs, network)
         if self.mean_of_samples:
             dose = samples.mean(dim=0)
@@ -263,19 +268,20 @@ class DoseDiffusionInferer(Inferer):
             single = copy.copy(self)
             single.num_inference_steps, single.num_samples, single.stochastic = 1, 1, False
             dose = single.sample(inputs, network)[0]
-        return dose, samples.std(dim=0, correction=int(samples.shape[0] > 1))
+        return dose, samples.std(dim=0, correction=int(samples.shape[0] > 1)), samples
 
     @torch.no_grad()
     def sample(self, inputs: Tensor, network: nn.Module) -> Tensor:
-        """All samples ``(K, B, 1, X, Y, Z)``; each the mean over the flips."""
+        """All samples ``(K, B, 1, X, Y, Z)``; each the mean over the flips, whose noise is the same one, flipped."""
         inputs = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs  # no MONAI metadata in the networks
         generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
         shifted = self._shifted_priors(inputs, network)
+        start = self._start(inputs, network, generator)
         total = 0.0
         for i, axes in enumerate(self.flips):
             image = self._flip(inputs, axes)
             prior = self._prior(image, network) if shifted is None else shifted[i]
-            doses = self._volume(image, network, generator, prior)
+            doses = self._volume(image, network, generator, prior, torch.flip(start, [a + 2 for a in axes]))
             total = total + torch.flip(doses, [a + 2 for a in axes])
         return (total / len(self.flips)).transpose(0, 1).unsqueeze(2)
 
@@ -289,10 +295,14 @@ class DoseDiffusionInferer(Inferer):
         return [(p + torch.flip(shift, [a + 2 for a in axes])).clamp_min(0) for p, axes in zip(priors, self.flips)]
 
     def _volume(
-        self, image: Tensor, network: nn.Module, generator: torch.Generator | None, prior: Tensor | None
+        self,
+        image: Tensor,
+        network: nn.Module,
+        generator: torch.Generator | None,
+        prior: Tensor | None,
+        start: Tensor,
     ) -> Tensor:
         """Doses ``(B, K, X, Y, Z)`` of an image, in windows where they are wanted."""
-        start = self._start(image, generator)
         if self.window is None:
             return self._predict(image, network, generator, start, prior)
         n, k = image.shape[1], image.shape[1] + self.num_samples
@@ -335,12 +345,13 @@ class DoseDiffusionInferer(Inferer):
         overlap = [min(o, n - 1) for o, n in zip(overlap, size)]
         return LinearDecaySlidingWindowInferer(size, overlap, sw_batch_size=self.sw_batch_size)(image, predict)
 
-    def _start(self, image: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Where each sample starts at t = T, ``(B, K, X, Y, Z)``: unit noise, or zero."""
+    def _start(self, image: Tensor, network: nn.Module, generator: torch.Generator | None) -> Tensor:
+        """Where each sample starts at t = T, ``(B, K, X, Y, Z)``: the network's noise, or zero."""
         shape = (image.shape[0], self.num_samples, *image.shape[2:])
         if not self.stochastic:
             return image.new_zeros(shape, dtype=torch.float32)
-        return torch.randn(shape, generator=generator).to(image.device)
+        beams = network.noise_beams(image) if hasattr(network, "noise_beams") else None
+        return draw_noise(network, shape, generator, beams).to(image.device)
 
     def _predict(
         self,

@@ -52,8 +52,17 @@ class AxialSliceInferer(DoseDiffusionInferer):
             raise CaseError(f"inferer: slices_per_batch {slices_per_batch}; expected 1 or more")
         self.slices_per_batch, self.eta = slices_per_batch, eta
 
+    def _start(self, image: Tensor, network: nn.Module, generator: torch.Generator | None) -> Tensor:
+        """Nothing: a batch of slices draws its part of the volume's noise itself."""
+        return image.new_zeros((0,) * image.ndim)
+
     def _volume(
-        self, image: Tensor, network: nn.Module, generator: torch.Generator | None, prior: Tensor | None
+        self,
+        image: Tensor,
+        network: nn.Module,
+        generator: torch.Generator | None,
+        prior: Tensor | None,
+        start: Tensor,
     ) -> Tensor:
         """Doses ``(B, K, X, Y, Z)``; each batch of slices encodes its conditions once for all samples."""
         seeds = torch.randint(2**31, (self.num_samples,), generator=generator).tolist()

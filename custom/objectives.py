@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from custom.case import CaseError
 from custom.losses import criteria_dvh_l1, gradient_l1, masked_l1, sorted_dvh_l1
+from custom.networks.noise import draw_noise
 
 __all__ = ["AutoencoderObjective", "BroadObjective", "CompositeObjective", "DiffusionObjective", "RegressionObjective"]
 
@@ -77,7 +78,8 @@ class DiffusionObjective:
 
     The error of the network's output is turned into that of ``x_0`` and weighted by ``min(SNR, snr_limit)`` (Hang et
     al., ICCV 2023), whatever the parameterization; ``snr_limit=None`` is the plain error of the output, as in the
-    ADDiff-Dose paper.
+    ADDiff-Dose paper. Voxels count by the dose that an error is there: a network whose diffused variable has not the
+    same unit everywhere has ``dose_unit``.
 
     Args:
         snr_limit: see above.
@@ -111,14 +113,17 @@ class DiffusionObjective:
             x0_hat = network.denoise(torch.zeros_like(x0), t, conditions)
             return {"one_step": masked_l1(x0_hat, x0, body)}
         t = torch.randint(0, last + 1, (image.shape[0],), generator=self.generator).to(image.device)
-        noise = torch.randn(x0.shape, generator=self.generator).to(x0)
+        noise = draw_noise(network, x0.shape, self.generator, getattr(conditions, "beams", None)).to(x0)
         x_t = network.schedule.add_noise(x0, noise, t)
         output = network.denoise_output(x_t, t, conditions)
         error = output - network.schedule.target(x0, noise, t)
         error = error.abs() if self.kind == "l1" else error.square()
         weight = self._weight(network.schedule, t)
-        inside = (body > 0).to(error.dtype)
-        per_patient = (error * weight * inside).sum((1, 2, 3, 4)) / inside.sum((1, 2, 3, 4)).clamp_min(1)
+        counts = (body > 0).to(error.dtype)
+        if hasattr(network, "dose_unit"):
+            unit = network.dose_unit(conditions).to(error.dtype)
+            counts = counts * (unit if self.kind == "l1" else unit.square())
+        per_patient = (error * weight * counts).sum((1, 2, 3, 4)) / counts.sum((1, 2, 3, 4)).clamp_min(1e-12)
         return {"diffusion": per_patient.mean()}
 
     def _weight(self, schedule: nn.Module, t: Tensor) -> Tensor | float:

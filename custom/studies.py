@@ -285,11 +285,14 @@ def coverage(error_gy: np.ndarray, std_gy: np.ndarray, calibration: Calibration)
 class CalibrationStudy:
     """Calibrate the spread of samples on one half of the cases and measure its coverage on the other.
 
+    Of whole structures it is asked, on all cases, how often the reference's DVH metric lies within the samples' range:
+    were it one more draw among ``K``, it would in ``(K - 1) / (K + 1)`` of them.
+
     Args:
         dataset: items with ``case``, ``work`` and ``image``.
         network: with its weights.
-        inferer: has ``mean_and_std(image, network)``.
-        output_dir: gets ``calibration.json`` with the constants and the reliability table.
+        inferer: has ``dose_std_and_samples(image, network)``.
+        output_dir: gets ``calibration.json`` with the constants, the reliability table and the DVHs' share.
         voxels: drawn from each case's body.
         seed: of the draw.
         device: where the network is.
@@ -311,8 +314,11 @@ class CalibrationStudy:
             raise CaseError(f"calibration: found {len(self.dataset)} case; expected two or more with a reference dose")
         self.network.eval()
         halves: tuple[list, list] = ([], [])
+        within: list[bool] = []
         for number in tqdm(range(len(self.dataset)), desc="calibration", unit="case"):
-            halves[number % 2].append(self._voxels(self.dataset[number]))
+            error_gy, std_gy, hits, drawn = self._case(self.dataset[number])
+            halves[number % 2].append((error_gy, std_gy))
+            within += hits
         fit, held = (tuple(np.concatenate(parts) for parts in zip(*half)) for half in halves)
         calibration = fit_calibration(*fit)
         raw = Calibration(1.0, 0.0, {level: float(_normal_factor(level)) for level in LEVELS})
@@ -323,22 +329,40 @@ class CalibrationStudy:
                              "calibrated": coverage(*held, calibration)[level]} for level in LEVELS],
             "std_calibration": [both.scale, both.floor_gy],
             "factors": {str(level): factor for level, factor in both.factors.items()},
+            "dvh_metrics": {"number": len(within), "within_samples": float(np.mean(within)) if within else None,
+                            "expected": (drawn - 1) / (drawn + 1)},
         }
         write_whole(self.path, json.dumps(record, indent=1))
         for row in record["reliability"]:
             logger.info("level %.2f: coverage %.3f uncalibrated, %.3f calibrated", *row.values())
+        logger.info("%d DVH metrics, %s of them within the samples; expected %.3f", *record["dvh_metrics"].values())
         return record
 
-    def _voxels(self, item: Mapping) -> tuple[np.ndarray, np.ndarray]:
+    def _case(self, item: Mapping) -> tuple[np.ndarray, np.ndarray, list[bool], int]:
+        """Error and spread of some voxels, which DVH metrics lie within the samples, and how many samples there are."""
         work: Case = item[WORK]
         if work.dose_gy is None:
             raise CaseError(f"case {work.name}: calibration needs a reference dose and found none")
-        mean, std = self.inferer.mean_and_std(item[Keys.IMAGE][None].to(self.device), self.network)
+        image = item[Keys.IMAGE][None].to(self.device)
+        mean, std, samples = self.inferer.dose_std_and_samples(image, self.network)
         to_gy = DoseScale(work.highest_prescription_gy).to_gy
         inside = np.flatnonzero(work.body)
         inside = self.rng.choice(inside, min(self.voxels, inside.size), replace=False)
         mean, std = (to_gy(volume[0, 0].cpu().numpy()).ravel()[inside] for volume in (mean, std))
-        return mean - work.dose_gy.ravel()[inside], std
+        hits = list(_within([to_gy(s[0, 0].cpu().numpy()) for s in samples], work))
+        return mean - work.dose_gy.ravel()[inside], std, hits, len(samples)
+
+
+def _within(samples_gy: Sequence[np.ndarray], case: Case) -> Iterator[bool]:
+    """Whether each of OpenKBP's DVH metrics of the reference lies within those of the samples."""
+    for name, mask in case.masks.items():
+        if name == BODY or not mask.any():
+            continue
+        reference, *drawn = (openkbp_dvh(dose[mask], 1000 * case.grid.voxel_cc, name in case.prescription_gy)
+                             for dose in (case.dose_gy, *samples_gy))
+        for metric, value in reference.items():
+            values = [own[metric] for own in drawn]
+            yield min(values) <= value <= max(values)
 
 
 def _normal_factor(level: float) -> float:

@@ -96,6 +96,15 @@ def test_dose_of_one_step_beside_the_samples_spread():
     assert float((of_samples[:, :1] - of_one_step[:, :1]).abs().mean()) > 0.02  # 0.25 sqrt(2 / (5 pi)), about
 
 
+def test_flips_of_a_sample_start_from_the_same_noise():
+    """A network that knows no left from right gives the same sample with the flip: the mean takes nothing from it."""
+    image, network = torch.zeros(1, 2, 8, 6, 5), IdealDenoiser(0.5, 0.25)
+    options = dict(num_inference_steps=4, num_samples=3, seed=7)
+    plain = DoseDiffusionInferer(**options).sample(image, network)
+    flipped = DoseDiffusionInferer(**options, flips=[[0]], condition_channels=["a", "b"]).sample(image, network)
+    torch.testing.assert_close(flipped, plain)
+
+
 def test_one_step_of_one_sample_is_deterministic():
     dose = DoseDiffusionInferer(seed=None)(torch.zeros(1, 2, 4, 4, 4), IdealDenoiser(0.5, 0.25))
     assert float(dose.std()) < 1e-6

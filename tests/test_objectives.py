@@ -201,3 +201,29 @@ def test_dvh_fit_without_anything_to_fit_is_an_error(tmp_path):
     with pytest.raises(CaseError, match="three or more of the 4 cases"):
         DvhFit(dvh_network(), [dvh_case(i, False) for i in range(4)], tmp_path, 0.5, progress=False).run()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["mse", "l1"])
+def test_voxels_count_by_the_dose_of_their_error(kind):
+    """A voxel whose unit is three times as much dose counts nine times in squares, three times in absolute values."""
+
+    class Halves(nn.Module):
+        schedule = NoiseSchedule(parameterization="sample")
+
+        def encode(self, image):
+            return None
+
+        def from_dose(self, dose, conditions):
+            return torch.zeros_like(dose)
+
+        def denoise_output(self, x_t, t, conditions):
+            return torch.cat([torch.ones(1, 1, 2, 4, 4), torch.full((1, 1, 2, 4, 4), 2.0)], dim=2)
+
+        def dose_unit(self, conditions):
+            return torch.cat([torch.full((1, 1, 2, 4, 4), 0.03), torch.full((1, 1, 2, 4, 4), 0.01)], dim=2)
+
+    zeros = torch.zeros(1, 1, 4, 4, 4)
+    batch = {"image": zeros, "label": zeros, "body": zeros + 1}
+    found = float(DiffusionObjective(snr_limit=None, one_step_share=0.0, kind=kind)(Halves(), batch)["diffusion"])
+    expected = (9 * 1 + 1 * 4) / 10 if kind == "mse" else (3 * 1 + 1 * 2) / 4
+    assert found == pytest.approx(expected)

@@ -84,14 +84,21 @@ def test_coverage_on_the_held_out_half_is_that_of_the_levels(item, tmp_path):
     truth = condition(item)["image"][:1]
     rx = item["work"].highest_prescription_gy
 
-    def mean_and_std(image, network):
+    cases = iter(range(4))
+
+    def dose_std_and_samples(image, network):
         std = torch.from_numpy(rng.uniform(0.5, 2.0, truth.shape).astype(np.float32))
         error = torch.from_numpy(rng.laplace(size=truth.shape).astype(np.float32)) * std * 3
-        return (truth + error / rx)[None], (std / rx)[None]
+        shifts = (-1, 2, 1) if next(cases) else (1, 2, 3)  # only of the first case are all too high
+        samples = torch.stack([truth + shift / rx for shift in shifts])[:, None]
+        return (truth + error / rx)[None], (std / rx)[None], samples
 
     study = CalibrationStudy([{**item, "image": truth}] * 4, torch.nn.Identity(),
-                             SimpleNamespace(mean_and_std=mean_and_std), tmp_path)
+                             SimpleNamespace(dose_std_and_samples=dose_std_and_samples), tmp_path)
     record = study.run()
+    structures = [name for name, mask in item["work"].masks.items() if name != "Body" and mask.any()]
+    metrics = 2 * len(structures) + len(item["work"].targets)  # a target has three of them
+    assert record["dvh_metrics"] == {"number": 4 * metrics, "within_samples": 0.75, "expected": 0.5}
     for row in record["reliability"]:
         assert row["calibrated"] == pytest.approx(row["level"], abs=0.015)
         assert row["uncalibrated"] < row["level"] - 0.2

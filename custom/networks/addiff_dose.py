@@ -25,6 +25,7 @@ from custom.networks.beams import beam_channels, corrected_beams
 from custom.networks.blocks import NoiseSchedule, pad_to_multiple, position_encoding
 from custom.networks.broad import BroadBranch
 from custom.networks.dvh_estimate import DvhEstimator
+from custom.networks.noise import CorrelatedNoise, ScaleOfDose
 
 __all__ = ["ADDiffDose", "ConditionalLayer", "Conditions", "LightweightVAE3D", "PriorBranch", "StructureEncoder"]
 
@@ -43,6 +44,7 @@ class Conditions:
         tokens: ``(B, M, token_dim)``.
         context: ``(B, n)``.
         size: spatial size of the image before padding.
+        beams: ``(B, n, X, Y, Z)`` the plan's dose of each beam, of that size; None where the noise has none.
     """
 
     prior: Tensor | None
@@ -52,6 +54,7 @@ class Conditions:
     tokens: Tensor
     context: Tensor
     size: tuple[int, int, int]
+    beams: Tensor | None = None
 
 
 class ADDiffDose(nn.Module):
@@ -74,7 +77,9 @@ class ADDiffDose(nn.Module):
             structure encoder out (the paper's ablation).
         token_dim: width of the condition tokens.
         schedule: arguments of :class:`NoiseSchedule`.
-        residual_scale: the diffused variable is ``(dose - prior) / residual_scale``; ``2 dose - 1`` without a prior.
+        residual_scale: the diffused variable is ``(dose - prior) / residual_scale``; ``2 dose - 1`` without a prior. A
+            number, or pairs of the prior's dose and the scale there (:class:`~custom.networks.noise.ScaleOfDose`).
+        noise: arguments of :class:`~custom.networks.noise.CorrelatedNoise`, what the diffusion adds; None for white.
         one_step: what one deterministic step from t = T gives: the answer of the ``"denoiser"``, or the ``"prior"``. At
             t = T the signal is gone (its scale is 0.006), x_T says nothing that the conditions do not, and the best
             estimate is the mean that the prior has learnt. Several steps, and samples, run the denoiser at each.
@@ -100,7 +105,8 @@ class ADDiffDose(nn.Module):
         structure_widths: Sequence[int] | None = (8, 16, 32, 64),
         token_dim: int = 96,
         schedule: Mapping[str, Any] | None = None,
-        residual_scale: float = 0.05,
+        residual_scale: float | Sequence[Sequence[float]] = 0.05,
+        noise: Mapping[str, Any] | None = None,
         one_step: str = "denoiser",
         frozen: Sequence[str] = ("ct_encoder",),
         broad: Mapping[str, Any] | None = None,
@@ -118,7 +124,8 @@ class ADDiffDose(nn.Module):
         self.channels = _ChannelMap(condition_channels, context_channels, structure_channels, detail_channels)
         n_spatial, n_context = len(self.channels.spatial), len(context_channels)
         n_detail, n_beams = len(self.channels.detail), len(self.channels.beams)
-        self.residual_scale, self.token_dim = residual_scale, token_dim
+        self.residual_scale, self.token_dim = ScaleOfDose(residual_scale), token_dim
+        self.noise = None if noise is None else CorrelatedNoise(**noise)
         self.one_step_is_prior = denoiser is None or one_step == "prior"
         self.gain = nn.Parameter(torch.ones(())) if prior is not None and self.channels.plan is not None else None
         self.prior = None if prior is None else PriorBranch(n_spatial, n_detail, n_context, n_beams, **prior)
@@ -197,9 +204,9 @@ class ADDiffDose(nn.Module):
             with torch.no_grad():
                 known = None if prior is None else pad_to_multiple(prior.detach(), self.multiple)
                 prior = (self._prior(spatial, context) if known is None else known).float().clamp_min(0)
-        body = spatial[:, self.channels.body]
+        body, beams = spatial[:, self.channels.body], self.noise_beams(image)
         if self.denoiser is None:
-            return Conditions(prior, body, spatial[:, :0], [], spatial.new_zeros(0), context, size)
+            return Conditions(prior, body, spatial[:, :0], [], spatial.new_zeros(0), context, size, beams)
         seen = spatial[:, self.channels.detail]
         seen = seen if prior is None else torch.cat([prior.to(seen.dtype), seen], dim=1)
         features, tokens = None, []
@@ -209,7 +216,13 @@ class ADDiffDose(nn.Module):
         if self.ct_encoder is not None:
             tokens.append(self._ct_tokens(spatial, context))
         tokens = torch.cat(tokens, dim=1) if tokens else spatial.new_zeros(len(spatial), 0, self.token_dim)
-        return Conditions(prior, body, seen, features, tokens, context, size)
+        return Conditions(prior, body, seen, features, tokens, context, size, beams)
+
+    def noise_beams(self, image: Tensor) -> Tensor | None:
+        """Doses ``(B, n, X, Y, Z)`` along which the noise is smooth; None where it is the same in all directions."""
+        if self.noise is None or not self.channels.beams:
+            return None
+        return self.split(image)[0][:, self.channels.beams]
 
     def denoise_output(self, x_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """Raw output of the denoiser, in the schedule's parameterization, for ``x_t`` (B, 1, X, Y, Z), ``t`` (B,)."""
@@ -223,18 +236,24 @@ class ADDiffDose(nn.Module):
         """Estimate of ``x_0`` from ``x_t`` at time steps ``t`` (B,)."""
         return self.schedule.to_x0(self.denoise_output(x_t, t, conditions), x_t, t)
 
+    def dose_unit(self, conditions: Conditions) -> Tensor:
+        """Dose that one unit of the diffused variable is, ``(B, 1, X, Y, Z)``."""
+        if conditions.prior is None:
+            return torch.full_like(_crop(conditions.body, conditions.size), 0.5, dtype=torch.float32)
+        return self.residual_scale(_crop(conditions.prior, conditions.size))
+
     def from_dose(self, dose: Tensor, conditions: Conditions) -> Tensor:
         """The diffused variable of a dose ``(B, 1, X, Y, Z)``; inverse of :meth:`to_dose` inside the body."""
         if conditions.prior is None:
             return 2 * dose - 1
-        return (dose - _crop(conditions.prior, conditions.size)) / self.residual_scale
+        return (dose - _crop(conditions.prior, conditions.size)) / self.dose_unit(conditions)
 
     def to_dose(self, x0: Tensor, conditions: Conditions) -> Tensor:
         """Dose of the diffused variable: not negative, zero outside the body."""
         if conditions.prior is None:
             dose = (x0 + 1) / 2
         else:
-            dose = _crop(conditions.prior, conditions.size) + self.residual_scale * x0
+            dose = _crop(conditions.prior, conditions.size) + self.dose_unit(conditions) * x0
         return dose.clamp_min(0) * _crop(conditions.body, conditions.size)
 
     def forward(self, image: Tensor) -> Tensor:
