@@ -141,12 +141,44 @@ class BroadObjective:
     """L1 error of each perceptron of the broad branch, in the voxels that ``RandBroadVoxelsd`` has drawn.
 
     The batch holds ``voxels`` (B, V, F), ``patient`` (B, P), ``residual`` (B, V) and ``weight`` (B, V).
+
+    A patient's errors are far from independent: a beam that carries more than the anatomy tells shifts thousands of
+    voxels at once, and counting each of them teaches the patient by heart. With ``independent`` the errors are first
+    made independent, as in generalised least squares (Aitken 1935): in units of their size, each less what those before
+    it foretell by the correlation of :class:`custom.networks.noise.CorrelatedNoise`; and back in dose.
+
+    Args:
+        independent: share of the error's variance beside that of the correlated noise, which is no voxel's neighbour's;
+            None counts the errors as they are.
     """
 
+    def __init__(self, independent: float | None = None) -> None:
+        if independent is not None and independent <= 0:
+            raise CaseError(f"broad objective: independent {independent}; expected a share above 0, or None")
+        self.independent = independent
+
     def __call__(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        pred = network.broad(batch["voxels"], batch["patient"]).float()
-        weight = batch["weight"].float()
-        return {"l1": ((pred - batch["residual"].float()).abs() * weight).mean() / weight.mean()}
+        voxels, patient, weight = batch["voxels"], batch["patient"], batch["weight"].float()
+        pred = network.broad(voxels, patient).float()
+        error = pred - batch["residual"].float()
+        if self.independent is not None:
+            error = self._independent(network, error, pred, voxels.float(), patient.float())
+        return {"l1": (error.abs() * weight).mean() / weight.mean()}
+
+    def _independent(self, network: nn.Module, error: Tensor, pred: Tensor, voxels: Tensor, patient: Tensor) -> Tensor:
+        """``error`` (M, B, V), made independent voxel by voxel."""
+        if getattr(network, "noise", None) is None:
+            raise CaseError("broad objective: `independent` wants the network's noise; give `noise` to the network")
+        with torch.no_grad(), torch.autocast(error.device.type, enabled=False):
+            dose = voxels[..., network.channels.plan][..., 0] + pred.mean(0)
+            size = network.residual_scale(dose.clamp_min(0))
+            places = network.broad.places_voxels(voxels, patient)
+            alike = network.noise.correlation(places, voxels[..., network.broad.beams])
+            own = self.independent * torch.eye(alike.shape[-1], device=alike.device)
+            factor = torch.linalg.cholesky(alike + own)
+        with torch.autocast(error.device.type, enabled=False):
+            scaled = (error / size).permute(1, 2, 0)
+            return torch.linalg.solve_triangular(factor, scaled, upper=False).permute(2, 0, 1) * size
 
 
 class AutoencoderObjective:

@@ -7,7 +7,13 @@ from torch import nn
 from custom.case import CaseError
 from custom.networks.addiff_dose import ADDiffDose
 from custom.networks.blocks import NoiseSchedule
-from custom.objectives import AutoencoderObjective, CompositeObjective, DiffusionObjective, RegressionObjective
+from custom.objectives import (
+    AutoencoderObjective,
+    BroadObjective,
+    CompositeObjective,
+    DiffusionObjective,
+    RegressionObjective,
+)
 from custom.objectives_dvh import DvhFit
 
 CHANNELS = ["ct", "prescription", "body", "plan_prior", "has_ct"]
@@ -227,3 +233,35 @@ def test_voxels_count_by_the_dose_of_their_error(kind):
     found = float(DiffusionObjective(snr_limit=None, one_step_share=0.0, kind=kind)(Halves(), batch)["diffusion"])
     expected = (9 * 1 + 1 * 4) / 10 if kind == "mse" else (3 * 1 + 1 * 2) / 4
     assert found == pytest.approx(expected)
+
+
+def test_broad_errors_are_made_independent_before_they_count():
+    """Errors mixed as the model says, from known independent ones: those are what is counted, in dose."""
+    spatial = ["body", "prescription", "plan_prior", "plan_beam_0", "plan_beam_40"]
+    context = ["spacing_x", "spacing_y", "spacing_z"]
+    small = {"channels": [4, 8], "encoder_blocks": [1, 1], "decoder_blocks": [1]}
+    network = ADDiffDose(
+        [*spatial, *context], context, prior=small, residual_scale=[[0.0, 0.02], [1.0, 0.06]],
+        noise={"scales_voxels": [2, 6], "shares": [1, 1]}, broad={"members": 2, "width": 4, "patient_width": 2},
+    )  # fmt: skip
+    nn.init.zeros_(network.broad.perceptrons.last.bias)  # so that nothing is predicted yet
+    image = torch.rand(len(spatial), 12, 10, 8, generator=torch.Generator().manual_seed(0))
+    image[0], image[1, 4:6, 4:6, 4:6] = 1.0, 1.0
+    seen = network.broad.features(image, torch.ones(3))
+    voxels, patient = seen.voxels[None, ::3], seen.patient[None]
+    alike = network.noise.correlation(network.broad.places_voxels(voxels, patient), voxels[..., network.broad.beams])
+    size = network.residual_scale(voxels[..., 2])
+    alone = torch.randn(1, voxels.shape[1], generator=torch.Generator().manual_seed(1))
+    mixed = torch.linalg.cholesky(alike + 0.3 * torch.eye(voxels.shape[1])) @ alone[..., None]
+    batch = {"voxels": voxels, "patient": patient, "residual": -size * mixed[..., 0], "weight": torch.ones_like(size)}
+    counted = float(BroadObjective(0.3)(network, batch)["l1"])
+    assert counted == pytest.approx(float((alone * size).abs().mean()), rel=1e-3)
+    counted = float(BroadObjective()(network, batch)["l1"])
+    assert counted == pytest.approx(float(batch["residual"].abs().mean()), rel=1e-5)
+    BroadObjective(0.3)(network, batch)["l1"].backward()
+    assert float(network.broad.perceptrons.last.weight.grad.abs().sum()) > 0
+    network.noise = None
+    with pytest.raises(CaseError, match="wants the network's noise"):
+        BroadObjective(0.3)(network, batch)
+    with pytest.raises(CaseError, match="independent 0"):
+        BroadObjective(0)

@@ -96,7 +96,7 @@ class BroadBranch(nn.Module):
         self.spacing = [context.index(name) for name in SPACING]
         self.blurred = [spatial.index(name) for name in blurred if name in spatial]
         self.beams = beam_channels(spatial)  # the first features of a voxel are the spatial channels
-        self.scales_mm = tuple(scales_mm)
+        self.scales_mm, self.spatial_channels = tuple(scales_mm), len(spatial)
         self.structures = [i for i, name in enumerate(spatial) if name.startswith("sdm_")] if self.beams else []
         places = 6 + 2 * len(TURNS) + 3
         voxel_features = len(spatial) + len(self.blurred) * len(self.scales_mm) + places
@@ -159,6 +159,11 @@ class BroadBranch(nn.Module):
         patient = ((patient.float() - self.patient_mean) / self.patient_std).clamp(-RANGE, RANGE)
         output = self.perceptrons(voxels, patient)
         return output[..., 0] + corrected_beams(output[..., 1:].float(), beams, dim=-1)
+
+    def places_voxels(self, voxels: Tensor, patient: Tensor) -> Tensor:
+        """Where blocks lie, ``(B, V, 3)`` in voxels of full resolution, of ``voxels`` (B, V, F), ``patient`` (B, P)."""
+        first = len(self.blurred) * len(self.scales_mm) + self.spatial_channels
+        return voxels[..., first : first + 3] * PLACE_UNIT_MM / (SPACING_UNIT_MM * patient[:, None, self.spacing])
 
     def blend(self, dose: Tensor, spatial: Tensor, context: Tensor) -> Tensor:
         """The dose with this branch's share in the mean over each block.

@@ -69,6 +69,22 @@ class CorrelatedNoise(nn.Module):
                 total += self._field(shape, generator) * (dose / length)
         return total
 
+    def correlation(self, places_voxels: Tensor, beams: Tensor) -> Tensor:
+        """Correlation of the voxels of one drawn noise, ``(..., V, V)``.
+
+        Args:
+            places_voxels: where they lie, ``(..., V, 3)``.
+            beams: dose of each beam in each, ``(..., V, n)``.
+        """
+        apart = places_voxels.unsqueeze(-2) - places_voxels.unsqueeze(-3)
+        squared = apart.square().sum(-1)
+        alike = torch.zeros_like(squared)
+        for scale, share in zip(self.scales_voxels, self.shares):
+            alike += share * (torch.exp(squared / (-4 * scale**2)) if scale else (squared == 0).to(squared.dtype))
+        doses = torch.cat([beams, torch.full_like(beams[..., :1], self.elsewhere)], dim=-1)
+        weights = doses / doses.norm(dim=-1, keepdim=True)
+        return alike * (weights @ weights.transpose(-1, -2))
+
     def _field(self, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
         total = torch.zeros(tuple(shape))
         for scale, share in zip(self.scales_voxels, self.shares):

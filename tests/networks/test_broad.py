@@ -47,6 +47,14 @@ def test_every_block_of_the_body_is_seen_and_nothing_else():
     assert torch.allclose(seen.voxels[:, PLAN], torch.tensor(0.5))
 
 
+def test_blocks_lie_two_voxels_apart():
+    made, (spatial, context) = branch(), patient()
+    seen = made.features(spatial, context)
+    found = made.places_voxels(seen.voxels[None], seen.patient[None])[0]
+    expected = 2.0 * seen.inside.nonzero()
+    torch.testing.assert_close(found - found[0], expected - expected[0])
+
+
 def test_neighbourhoods_are_as_wide_as_they_say():
     """The blur of a single plane has the standard deviation asked for, in mm, along its axis alone."""
     for axis, edge in enumerate(SPACING_MM, 1):

@@ -66,6 +66,17 @@ def test_where_no_beam_is_the_noise_is_one_field():
     torch.testing.assert_close(noise.draw(shape, seeded(2), torch.zeros(1, 4, 6, 5, 4)), of_none)
 
 
+def test_correlation_is_that_of_what_is_drawn():
+    noise, shape = CorrelatedNoise([0, 1, 3], [0.2, 0.3, 0.5]), (5, 4, 3)
+    beams = torch.rand(1, 3, *shape, generator=seeded(1)) * (torch.rand(1, 3, *shape, generator=seeded(2)) > 0.5)
+    drawn = noise.draw((1, 20000, *shape), seeded(), beams).flatten(2)[0]
+    places = torch.stack(torch.meshgrid(*(torch.arange(float(n)) for n in shape), indexing="ij"), -1).flatten(0, 2)
+    inner = (places[:, 0] == 2) | (places[:, 0] == 3)  # not the volume's ends, where the filters are cut
+    expected = noise.correlation(places[inner], beams[0].flatten(1).T[inner])
+    assert float((expected.diagonal() - 1).abs().max()) < 1e-5
+    assert float((torch.corrcoef(drawn.T)[inner][:, inner] - expected).abs().mean()) < 0.03
+
+
 class OfThatNoise(torch.nn.Module):
     """Ideal denoiser of data that are themselves such noise, times ``std``: a number at each time step."""
 
