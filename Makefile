@@ -18,7 +18,7 @@ DEMO := demo
 DEMO_CASE := hn_demo
 PICTURE := bundle/docs/dose.png
 
-.PHONY: help setup demo bench picture test lint clean
+.PHONY: help setup demo bench picture test test-slow lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -74,6 +74,9 @@ picture: demo  ## the README's picture, from the demo's result
 
 test: $(STAMP)  ## all tests but those marked slow
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(STAMP)  ## the tests marked slow that need no other environment and no kills: studies, systems, release
+	$(BIN)/python -m pytest -m slow tests --ignore tests/faults --ignore tests/bad_input --ignore tests/numbers $(PYTEST_ARGS)
 
 # Model Zoo. SCHEMA: a copy of the zoo's metadata schema; ONLINE=1: may ask the package index; ZOO: a checkout of the
 # zoo, whose own verifier is then run too; RELEASE_VENV: where the environment for the trial run is made, and kept;

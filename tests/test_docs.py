@@ -34,6 +34,7 @@ RUN_BY = {
     r"make test-label": "itself",
     r"make test-deploy": "itself",
     r"make test-second": "itself",
+    r"make test-slow": "itself",
     r"pip install -e \.": "make setup, which installs the project so",
     r"pip install \.": "test_package.py::test_the_wheel_holds_code_configs_weights_and_types_and_nothing_else",
     r"rt-dose-demo OUT": "test_package.py::test_the_installed_package_runs_its_demo_without_a_clone",
