@@ -148,8 +148,8 @@ class BroadObjective:
     it foretell by the correlation of :class:`custom.networks.noise.CorrelatedNoise`; and back in dose.
 
     Args:
-        independent: share of the error's variance beside that of the correlated noise, which is no voxel's neighbour's;
-            None counts the errors as they are.
+        independent: variance of what a voxel errs on its own, over that of the correlated noise; None counts the errors
+            as they are.
     """
 
     def __init__(self, independent: float | None = None) -> None:

@@ -61,8 +61,7 @@ def test_calibration(patients, tmp_path):
     assert all(0 < row["calibrated"] <= 1 for row in found["reliability"])
     scale, floor_gy = found["std_calibration"]
     assert scale > 0 and floor_gy > 0
-    assert found["dvh_metrics"]["number"] > 20 and 0 <= found["dvh_metrics"]["within_samples"] <= 1
-    assert found["dvh_metrics"]["expected"] == 0.5  # of three samples
+    assert found["dvh_metrics"]["number"] > 20 and found["dvh_metrics"]["expected"] == 0.5  # of three samples
 
 
 def test_benchmark(patients, tmp_path):

@@ -76,8 +76,8 @@ class CorrelatedNoise(nn.Module):
             places_voxels: where they lie, ``(..., V, 3)``.
             beams: dose of each beam in each, ``(..., V, n)``.
         """
-        apart = places_voxels.unsqueeze(-2) - places_voxels.unsqueeze(-3)
-        squared = apart.square().sum(-1)
+        exact = "donot_use_mm_for_euclid_dist"  # a voxel's distance to itself is to be none
+        squared = torch.cdist(places_voxels, places_voxels, compute_mode=exact).square()
         alike = torch.zeros_like(squared)
         for scale, share in zip(self.scales_voxels, self.shares):
             alike += share * (torch.exp(squared / (-4 * scale**2)) if scale else (squared == 0).to(squared.dtype))
