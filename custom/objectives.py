@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from custom.case import CaseError
 from custom.losses import criteria_dvh_l1, gradient_l1, masked_l1, sorted_dvh_l1
+from custom.networks.broad import mean_of_blocks, spread_means
 from custom.networks.noise import draw_noise
 
 __all__ = ["AutoencoderObjective", "BroadObjective", "CompositeObjective", "DiffusionObjective", "RegressionObjective"]
@@ -33,6 +34,8 @@ class RegressionObjective:
         roi_names: name of each channel of ``rois``.
         target_names: which of them are targets.
         predict: name of the network's method that predicts; a network without it is called itself.
+        broad_share: share of the error's means over blocks of 2 x 2 x 2 voxels beside the targets that does not count,
+            in any term, because the broad branch's dose takes its place (:mod:`custom.networks.broad`).
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class RegressionObjective:
         roi_names: Sequence[str] = (),
         target_names: Sequence[str] = (),
         predict: str = "predict_prior",
+        broad_share: float = 0.0,
     ) -> None:
         unknown = sorted(set(target_names) - set(roi_names))
         if unknown:
@@ -54,6 +58,7 @@ class RegressionObjective:
         self.gradient_weight = gradient_weight
         self.is_target = [name in target_names for name in roi_names]
         self.predict = predict
+        self.broad_share = broad_share
 
     def __call__(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
         pred = getattr(network, self.predict, network)(batch["image"]).float()
@@ -62,6 +67,8 @@ class RegressionObjective:
     def terms(self, pred: Tensor, batch: Batch) -> dict[str, Tensor]:
         """The weighted terms of a predicted dose ``(B, 1, X, Y, Z)``."""
         label, body = batch["label"].float(), batch["body"]
+        if self.broad_share:
+            pred = pred - self.broad_share * self._broad(pred - label, batch)
         terms = {"l1": masked_l1(pred, label, body)}
         if self.dvh_weight:
             terms["dvh"] = self.dvh_weight * sorted_dvh_l1(pred, label, batch["rois"])
@@ -71,6 +78,13 @@ class RegressionObjective:
         if self.gradient_weight:
             terms["gradient"] = self.gradient_weight * gradient_l1(pred, label, body)
         return terms
+
+    def _broad(self, error: Tensor, batch: Batch) -> Tensor:
+        """What the broad branch replaces of ``error`` (B, 1, X, Y, Z), at full share."""
+        body = (batch["body"][:, 0] > 0).to(error.dtype)
+        targets = batch["rois"][:, [i for i, target in enumerate(self.is_target) if target]]
+        targets = (targets > 0).any(1).to(error.dtype)
+        return (body * spread_means(mean_of_blocks(error[:, 0] * body), body, targets))[:, None]
 
 
 class DiffusionObjective:

@@ -98,6 +98,20 @@ def test_regression_terms(batch):
     assert network.gain.grad is not None
 
 
+def test_what_the_broad_branch_replaces_does_not_count():
+    """A shift of all blocks beside the targets costs what is left of it; in the targets, and within blocks, all."""
+    rois = torch.zeros(1, 2, 8, 8, 8)
+    rois[:, 0, :2] = 1
+    batch = {"label": torch.zeros(1, 1, 8, 8, 8), "body": torch.ones(1, 1, 8, 8, 8), "rois": rois}
+    objective = RegressionObjective(roi_names=["PTV", "Cord"], target_names=["PTV"], broad_share=0.75)
+    shift = torch.ones(1, 1, 8, 8, 8)
+    kept = shift - 0.75 * objective._broad(shift, batch)
+    assert (kept[:, :, :2] == 1).all() and torch.allclose(kept[:, :, 4:], torch.tensor(0.25))
+    stripes = (-1.0) ** torch.arange(8).expand(1, 1, 8, 8, 8)
+    assert float(objective.terms(stripes, batch)["l1"]) == 1
+    assert float(objective.terms(shift, batch)["l1"]) == pytest.approx(float(kept.mean()))
+
+
 def test_regression_calls_networks_without_a_prior(batch):
     network = nn.Conv3d(5, 1, 1)
     expected = (network(batch["image"]) - batch["label"]).abs().mean()

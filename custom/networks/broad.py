@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from custom.case import CaseError
 from custom.networks.beams import beam_channels, corrected_beams
 
-__all__ = ["BroadBranch", "BroadVoxels", "PerceptronEnsemble", "mean_of_blocks"]
+__all__ = ["BroadBranch", "BroadVoxels", "PerceptronEnsemble", "mean_of_blocks", "spread_means"]
 
 WANTED = ("plan_prior", "prescription", "body")
 SPACING = ("spacing_x", "spacing_y", "spacing_z")
@@ -31,17 +31,18 @@ HIGHEST = 0.95
 TURNS = (1, 2, 3, 9)  # of the angle around the targets; 9 for nine beams
 INSIDE = 0.3  # share of a block within the body from which on it counts
 AT_ONCE = 2048  # voxels that pass the perceptrons together, few enough for a processor's cache
+ALL = slice(None)  # members
 RANGE = 4.0  # standard deviations to which a patient's figures are cut
 
 
 class BroadVoxels(NamedTuple):
-    """One patient at half resolution.
+    """One patient at half resolution, or (blocks of one voxel) at the full one.
 
     Args:
         voxels: ``(N, F)`` features of the blocks inside the body.
         patient: ``(P,)`` features of the patient.
         inside: ``(X/2, Y/2, Z/2)`` boolean, where the N blocks lie, in C order.
-        body, targets: ``(X/2, Y/2, Z/2)`` share of each block that is body, and that belongs to the targets.
+        body: ``(X/2, Y/2, Z/2)`` share of each block that is body.
         plan: ``(X/2, Y/2, Z/2)`` plan prior, mean over the block.
     """
 
@@ -49,7 +50,6 @@ class BroadVoxels(NamedTuple):
     patient: Tensor
     inside: Tensor
     body: Tensor
-    targets: Tensor
     plan: Tensor
 
 
@@ -65,9 +65,12 @@ class BroadBranch(nn.Module):
         blurred: channels that are also given as means over a neighbourhood; absent ones are left out.
         scales_mm: standard deviations of these neighbourhoods (Gaussian).
         width, depth, members, patient_width, patient_dropout: see :class:`PerceptronEnsemble`.
+        fine_members: so many of the members, evenly chosen, also tell the dose of single voxels; it is mixed with the
+            U-Net's before the blocks' means are set. 0 leaves what is finer than a block to the U-Net.
+        fine_share, target_share: of that dose, beside the targets and in them (there in all of the dose).
 
     Raises:
-        CaseError: a channel that is missing.
+        CaseError: a channel that is missing, or more fine members than there are.
     """
 
     taken_whole = True  # its share without its perceptrons would spoil the dose (custom.networks.growth)
@@ -86,8 +89,14 @@ class BroadBranch(nn.Module):
         members: int = 6,
         patient_width: int = 48,
         patient_dropout: float = 0.1,
+        fine_members: int = 0,
+        fine_share: float = 0.5,
+        target_share: float = 0.5,
     ) -> None:  # fmt: skip
         super().__init__()
+        if not 0 <= fine_members <= members:
+            raise CaseError(f"broad branch: fine_members {fine_members}; expected 0 to {members}, the number of members")
+        self.fine_members, self.fine_share, self.target_share = fine_members, fine_share, target_share
         spatial, context = list(spatial_channels), list(context_channels)
         missing = [n for n in WANTED if n not in spatial] + [n for n in SPACING if n not in context]
         if missing:
@@ -110,19 +119,19 @@ class BroadBranch(nn.Module):
         )
 
     @torch.no_grad()
-    def features(self, spatial: Tensor, context: Tensor) -> BroadVoxels:
+    def features(self, spatial: Tensor, context: Tensor, edge_voxels: int = 2) -> BroadVoxels:
         """What the perceptrons see of one patient.
 
         Args:
             spatial: ``(n, X, Y, Z)``.
             context: ``(m,)``.
+            edge_voxels: of a block; 1 for the voxels themselves.
         """
         with torch.autocast(spatial.device.type, enabled=False):  # places and kernels want more digits than bfloat16's
-            targets = mean_of_blocks((spatial[[self.prescription]] > HALF).float())[0]
-            spatial, context = mean_of_blocks(spatial.float()), context.float()
+            spatial, context = mean_of_blocks(spatial.float(), edge_voxels), context.float()
             body = spatial[self.body]
             inside = body > INSIDE
-            edges_mm = 2 * SPACING_UNIT_MM * context[self.spacing]
+            edges_mm = edge_voxels * SPACING_UNIT_MM * context[self.spacing]
             maps = [spatial]
             maps += [_blurred(spatial[self.blurred], scale, edges_mm) for scale in self.scales_mm]
             maps.append(_places(spatial[self.prescription], body, edges_mm))
@@ -130,7 +139,7 @@ class BroadBranch(nn.Module):
             within = (voxels[:, self.structures] > 0).float()
             in_structures = voxels[:, self.beams].T @ within / within.sum(0).clamp_min(1)
             patient = torch.cat([context, voxels.mean(0), in_structures.flatten()])
-        return BroadVoxels(voxels, patient, inside, body, targets, spatial[self.plan])
+        return BroadVoxels(voxels, patient, inside, body, spatial[self.plan])
 
     def begin(self, patients: Iterable[tuple[Tensor, Tensor]], share: float) -> None:
         """Take the features' scale from patients, and from now on this share in the dose.
@@ -152,12 +161,12 @@ class BroadBranch(nn.Module):
         self.patient_std.copy_(_spread(patient.std(0)))
         self.share.fill_(share)
 
-    def forward(self, voxels: Tensor, patient: Tensor) -> Tensor:
+    def forward(self, voxels: Tensor, patient: Tensor, members: slice = ALL) -> Tensor:
         """Each member's correction of the plan prior ``(M, B, V)``, for ``voxels`` (B, V, F), ``patient`` (B, P)."""
         beams = voxels[..., self.beams].float()
         voxels = (voxels.float() - self.voxel_mean) / self.voxel_std
         patient = ((patient.float() - self.patient_mean) / self.patient_std).clamp(-RANGE, RANGE)
-        output = self.perceptrons(voxels, patient)
+        output = self.perceptrons(voxels, patient, members)
         return output[..., 0] + corrected_beams(output[..., 1:].float(), beams, dim=-1)
 
     def places_voxels(self, voxels: Tensor, patient: Tensor) -> Tensor:
@@ -180,18 +189,26 @@ class BroadBranch(nn.Module):
 
     def _blend(self, dose: Tensor, spatial: Tensor, context: Tensor) -> Tensor:
         seen = self.features(spatial, context)
+        body, targets = spatial[[self.body]], (spatial[[self.prescription]] > HALF).to(dose.dtype)
+        mean = mean_of_blocks(dose[None])[0]
+        goal = torch.lerp(mean, self._dose(seen, seen.patient, ALL), self.share)
+        if self.fine_members:
+            step = len(self.perceptrons.first.weight) // self.fine_members
+            every = slice(None, step * self.fine_members, step)
+            fine = self._dose(self.features(spatial, context, edge_voxels=1), seen.patient, every)
+            dose = torch.lerp(dose, fine, self.fine_share + (self.target_share - self.fine_share) * targets[0])
+            mean = mean_of_blocks(dose[None])[0]
+        change = torch.where(seen.inside, goal - mean, torch.zeros_like(mean))
+        return (dose + spread_means(change[None], body, targets)[0]).clamp_min(0) * body[0]
+
+    def _dose(self, seen: BroadVoxels, patient: Tensor, members: slice) -> Tensor:
+        """Mean dose of these members, ``(X/2, Y/2, Z/2)`` or ``(X, Y, Z)``; nought outside the body."""
         whole = torch.jit.is_tracing() or not len(seen.voxels)  # a trace would keep the number of parts
         parts = [seen.voxels] if whole else seen.voxels.split(AT_ONCE)
-        correction = torch.cat([self(part[None], seen.patient[None]).float().mean(0)[0] for part in parts])
-        here = seen.inside
-        mean = mean_of_blocks(dose[None])[0]
-        change = torch.zeros_like(mean)
-        share = self.share * (1 - seen.targets[here])
-        change[here] = share * (seen.plan[here] + correction - mean[here]) / seen.body[here]
-        change = F.interpolate(change[None, None], scale_factor=2.0, mode="trilinear", align_corners=False)[0, 0]
-        i, j, k = dose.shape
-        beside = (spatial[self.prescription] <= HALF).to(change.dtype)  # also of what blocks beside the targets pass on
-        return (dose + beside * change[:i, :j, :k]).clamp_min(0) * spatial[self.body]
+        correction = torch.cat([self(part[None], patient[None], members).float().mean(0)[0] for part in parts])
+        dose = torch.zeros_like(seen.plan)
+        dose[seen.inside] = seen.plan[seen.inside] + correction
+        return dose
 
 
 class PerceptronEnsemble(nn.Module):
@@ -222,16 +239,16 @@ class PerceptronEnsemble(nn.Module):
         self.last = _Linears(members, width, outputs)
         nn.init.zeros_(self.last.weight)
 
-    def forward(self, voxels: Tensor, patient: Tensor) -> Tensor:
-        """``(M, B, V, outputs)`` of ``voxels`` (B, V, F) and ``patient`` (B, P)."""
+    def forward(self, voxels: Tensor, patient: Tensor, members: slice = ALL) -> Tensor:
+        """``(M, B, V, outputs)`` of ``voxels`` (B, V, F) and ``patient`` (B, P), of these members."""
         batch, count = voxels.shape[:2]
-        told = self.dropout(F.silu(self.patient(patient)))
-        scale, shift = self.film(told)[:, :, None].chunk(2, dim=-1)  # (M, B, 1, width)
-        x = self.first(voxels.flatten(0, 1)).unflatten(1, (batch, count))
+        told = self.dropout(F.silu(self.patient(patient, members)))
+        scale, shift = self.film(told, members)[:, :, None].chunk(2, dim=-1)  # (M, B, 1, width)
+        x = self.first(voxels.flatten(0, 1), members).unflatten(1, (batch, count))
         x = F.silu(torch.addcmul(shift, x, 1 + scale)).flatten(1, 2)
         for layer in self.hidden:
-            x = x + F.silu(layer(F.layer_norm(x, (self.width,))))
-        return self.last(x).unflatten(1, (batch, count))
+            x = x + F.silu(layer(F.layer_norm(x, (self.width,)), members))
+        return self.last(x, members).unflatten(1, (batch, count))
 
 
 class _Linears(nn.Module):
@@ -243,8 +260,8 @@ class _Linears(nn.Module):
         self.weight = nn.Parameter(torch.empty(members, inputs, outputs).uniform_(-limit, limit))
         self.bias = nn.Parameter(torch.empty(members, 1, outputs).uniform_(-limit, limit))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.matmul(x, self.weight) + self.bias
+    def forward(self, x: Tensor, members: slice) -> Tensor:
+        return torch.matmul(x, self.weight[members]) + self.bias[members]
 
 
 def _spread(std: Tensor) -> Tensor:
@@ -252,10 +269,26 @@ def _spread(std: Tensor) -> Tensor:
     return torch.where(std > 1e-4, std + 1e-3, torch.full_like(std, 1e4))
 
 
-def mean_of_blocks(x: Tensor) -> Tensor:
-    """Means over blocks of 2 x 2 x 2 voxels of ``(C, X, Y, Z)``; what lies outside counts as zero."""
-    i, j, k = (-n % 2 for n in x.shape[1:])
-    return F.avg_pool3d(F.pad(x[None], (0, k, 0, j, 0, i)), 2)[0]
+def mean_of_blocks(x: Tensor, edge_voxels: int = 2) -> Tensor:
+    """Means over blocks of 2 x 2 x 2 voxels (or another edge) of ``(C, X, Y, Z)``; outside it counts as zero."""
+    if edge_voxels == 1:
+        return x
+    i, j, k = (-n % edge_voxels for n in x.shape[1:])
+    return F.avg_pool3d(F.pad(x[None], (0, k, 0, j, 0, i)), edge_voxels)[0]
+
+
+def spread_means(means: Tensor, body: Tensor, targets: Tensor) -> Tensor:
+    """Change of each voxel beside the targets by which the blocks' means change as they are told to.
+
+    Args:
+        means: changes of :func:`mean_of_blocks`, ``(C, X/2, Y/2, Z/2)``, rounded up.
+        body, targets: ``(C, X, Y, Z)``; blocks with less than three tenths of body are left as they are.
+    """
+    inside, high = mean_of_blocks(body), mean_of_blocks(targets)
+    rate = torch.where(inside > INSIDE, (1 - high) / inside.clamp_min(INSIDE), torch.zeros_like(inside))
+    wide = F.interpolate((rate * means)[:, None], scale_factor=2.0, mode="trilinear", align_corners=False)[:, 0]
+    i, j, k = body.shape[1:]
+    return (1 - targets) * wide[:, :i, :j, :k]  # also of what blocks beside the targets pass on
 
 
 def _blurred(x: Tensor, scale_mm: float, edges_mm: Tensor) -> Tensor:

@@ -113,6 +113,36 @@ def test_its_share_is_that_of_the_mean_over_a_block():
 
 
 @torch.no_grad()
+def test_fine_members_tell_single_voxels():
+    """Their share is that of what is finer than a block; of all of the dose in the targets, where blocks say nothing."""
+    spatial, context = patient()
+    stripes = torch.tensor([1.0, -1.0]).repeat(SIZE[2] // 2) * spatial[BODY]  # the mean over every block is nought
+    spatial[PLAN] += 0.05 * stripes
+    dose = (0.9 * spatial[BODY])[None, None]
+    made = begun(1.0, fine_members=2, fine_share=0.6, target_share=0.25)
+    made.perceptrons.last.bias.zero_()  # with the weights, which start at zero: the plan as it is
+    blended = made.blend(dose, spatial[None], context[None])[0, 0]
+    beside = (0.5 + 0.6 * 0.05 * stripes)[4:7, 4:-4]
+    assert torch.allclose(blended[4:7, 4:-4], beside, atol=1e-5)
+    within = (0.75 * dose[0, 0] + 0.25 * spatial[PLAN])[8:16, 8:12, 6:10]
+    assert torch.allclose(blended[8:16, 8:12, 6:10], within, atol=1e-5)
+    assert (blended[spatial[BODY] == 0] == 0).all()
+
+
+@torch.no_grad()
+def test_fine_members_are_chosen_evenly():
+    made = begun(1.0, members=4, fine_members=2)
+    torch.nn.init.normal_(made.perceptrons.last.weight)
+    seen = made.features(*patient(), edge_voxels=1)
+    assert seen.inside.shape == SIZE and torch.equal(seen.plan, patient()[0][PLAN])
+    one, three = (made(seen.voxels[None], seen.patient[None])[i, 0] for i in (0, 2))
+    told = made._dose(seen, seen.patient, slice(None, None, 2))[seen.inside]
+    assert torch.allclose(told, seen.plan[seen.inside] + (one + three) / 2, atol=1e-5)
+    with pytest.raises(CaseError, match="fine_members 5"):
+        branch(members=4, fine_members=5)
+
+
+@torch.no_grad()
 def test_what_was_always_the_same_in_training_says_nothing_later():
     """A prescription or an organ that training never saw otherwise must not move the dose by untrained weights."""
     made = begun(1.0)
@@ -125,11 +155,12 @@ def test_what_was_always_the_same_in_training_says_nothing_later():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("fine_members", [0, 2])
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_traced_it_answers_alike_for_another_patient(monkeypatch):
+def test_traced_it_answers_alike_for_another_patient(monkeypatch, fine_members):
     """Also where another number of voxels passes the perceptrons at once."""
     monkeypatch.setattr("custom.networks.broad.AT_ONCE", 100)
-    made = begun(0.5)
+    made = begun(0.5, fine_members=fine_members)
     torch.nn.init.normal_(made.perceptrons.last.weight, std=0.01)
     spatial, context = patient()
     dose = (0.4 * spatial[BODY])[None, None]
