@@ -3,7 +3,8 @@
 A U-Net in windows of a quarter of a metre errs on a large scale: averaged over blocks of 60 x 60 x 40 mm, half of its
 error is still there, since how much dose each beam carries is decided by the whole patient. A perceptron for each voxel
 sees that: the three plans, blurred over up to 25 mm, the voxel's place relative to the targets, and means over the
-patient. What both say is averaged at half resolution; the U-Net keeps everything finer.
+patient. What both say is averaged at half resolution. Asked about single voxels the perceptrons, though taught by
+blocks, know what is finer than a block better than the U-Net, and the mean of both is better still.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class BroadBranch(nn.Module):
     """Mean dose of blocks of 2 x 2 x 2 voxels over the whole patient, and how it enters the dose of a U-Net.
 
     Until :meth:`begin` is told otherwise its share is zero, so that an untrained branch changes nothing. In the targets
-    it has none: there the dose is told by its extremes (D95, D1), which a mean absolute error rounds off.
+    blocks have none: there the dose is told by its extremes (D95, D1), which a mean absolute error rounds off.
 
     Args:
         spatial_channels, context_channels: names of what :meth:`features` gets; ``plan_prior``, ``prescription``,
@@ -95,7 +96,7 @@ class BroadBranch(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         if not 0 <= fine_members <= members:
-            raise CaseError(f"broad branch: fine_members {fine_members}; expected 0 to {members}, the number of members")
+            raise CaseError(f"broad branch: fine_members {fine_members}; expected 0 to the {members} members")
         self.fine_members, self.fine_share, self.target_share = fine_members, fine_share, target_share
         spatial, context = list(spatial_channels), list(context_channels)
         missing = [n for n in WANTED if n not in spatial] + [n for n in SPACING if n not in context]

@@ -114,7 +114,7 @@ def test_its_share_is_that_of_the_mean_over_a_block():
 
 @torch.no_grad()
 def test_fine_members_tell_single_voxels():
-    """Their share is that of what is finer than a block; of all of the dose in the targets, where blocks say nothing."""
+    """A share of what is finer than a block; in the targets, where blocks say nothing, of all of the dose."""
     spatial, context = patient()
     stripes = torch.tensor([1.0, -1.0]).repeat(SIZE[2] // 2) * spatial[BODY]  # the mean over every block is nought
     spatial[PLAN] += 0.05 * stripes
