@@ -97,7 +97,9 @@ class BroadBranch(nn.Module):
         super().__init__()
         if not 0 <= fine_members <= members:
             raise CaseError(f"broad branch: fine_members {fine_members}; expected 0 to the {members} members")
-        self.fine_members, self.fine_share, self.target_share = fine_members, fine_share, target_share
+        step = members // fine_members if fine_members else 1
+        self.fine_members = slice(0, step * fine_members, step) if fine_members else None
+        self.fine_share, self.target_share = fine_share, target_share
         spatial, context = list(spatial_channels), list(context_channels)
         missing = [n for n in WANTED if n not in spatial] + [n for n in SPACING if n not in context]
         if missing:
@@ -133,10 +135,10 @@ class BroadBranch(nn.Module):
             body = spatial[self.body]
             inside = body > INSIDE
             edges_mm = edge_voxels * SPACING_UNIT_MM * context[self.spacing]
-            maps = [spatial]
-            maps += [_blurred(spatial[self.blurred], scale, edges_mm) for scale in self.scales_mm]
-            maps.append(_places(spatial[self.prescription], body, edges_mm))
-            voxels = torch.cat([m[:, inside] for m in maps]).T
+            rows = [spatial[:, inside]]
+            rows += [_blurred(spatial[self.blurred], scale, edges_mm)[:, inside] for scale in self.scales_mm]
+            rows.append(_places(spatial[self.prescription], body, edges_mm)[:, inside])
+            voxels = torch.cat(rows).T
             within = (voxels[:, self.structures] > 0).float()
             in_structures = voxels[:, self.beams].T @ within / within.sum(0).clamp_min(1)
             patient = torch.cat([context, voxels.mean(0), in_structures.flatten()])
@@ -193,10 +195,8 @@ class BroadBranch(nn.Module):
         body, targets = spatial[[self.body]], (spatial[[self.prescription]] > HALF).to(dose.dtype)
         mean = mean_of_blocks(dose[None])[0]
         goal = torch.lerp(mean, self._dose(seen, seen.patient, ALL), self.share)
-        if self.fine_members:
-            step = len(self.perceptrons.first.weight) // self.fine_members
-            every = slice(None, step * self.fine_members, step)
-            fine = self._dose(self.features(spatial, context, edge_voxels=1), seen.patient, every)
+        if self.fine_members is not None:
+            fine = self._dose(self.features(spatial, context, edge_voxels=1), seen.patient, self.fine_members)
             dose = torch.lerp(dose, fine, self.fine_share + (self.target_share - self.fine_share) * targets[0])
             mean = mean_of_blocks(dose[None])[0]
         change = torch.where(seen.inside, goal - mean, torch.zeros_like(mean))
@@ -272,8 +272,6 @@ def _spread(std: Tensor) -> Tensor:
 
 def mean_of_blocks(x: Tensor, edge_voxels: int = 2) -> Tensor:
     """Means over blocks of 2 x 2 x 2 voxels (or another edge) of ``(C, X, Y, Z)``; outside it counts as zero."""
-    if edge_voxels == 1:
-        return x
     i, j, k = (-n % edge_voxels for n in x.shape[1:])
     return F.avg_pool3d(F.pad(x[None], (0, k, 0, j, 0, i)), edge_voxels)[0]
 

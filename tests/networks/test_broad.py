@@ -131,12 +131,12 @@ def test_fine_members_tell_single_voxels():
 
 @torch.no_grad()
 def test_fine_members_are_chosen_evenly():
-    made = begun(1.0, members=4, fine_members=2)
+    made = begun(1.0, members=5, fine_members=2)
     torch.nn.init.normal_(made.perceptrons.last.weight)
     seen = made.features(*patient(), edge_voxels=1)
     assert seen.inside.shape == SIZE and torch.equal(seen.plan, patient()[0][PLAN])
     one, three = (made(seen.voxels[None], seen.patient[None])[i, 0] for i in (0, 2))
-    told = made._dose(seen, seen.patient, slice(None, None, 2))[seen.inside]
+    told = made._dose(seen, seen.patient, made.fine_members)[seen.inside]
     assert torch.allclose(told, seen.plan[seen.inside] + (one + three) / 2, atol=1e-5)
     with pytest.raises(CaseError, match="fine_members 5"):
         branch(members=4, fine_members=5)
