@@ -9,7 +9,7 @@ from monai.transforms import Randomizable, Transform
 from torch import Tensor
 
 from custom.case import Keys
-from custom.networks.broad import BroadBranch, mean_of_blocks
+from custom.networks.broad import BroadBranch, BroadVoxels, mean_of_blocks
 from custom.transforms.augment import RandDropConditionsd, mirror_order
 from custom.transforms.condition import CONTEXT
 
@@ -21,20 +21,21 @@ VARIANTS = "variants"
 class BroadSamplesd(Transform):
     """What the broad branch sees of a prepared training case, once as it is and once without some of its input.
 
-    Each of the two also left-right mirrored, as inference mirrors them.
+    Each of the two also left-right mirrored, as inference mirrors them. Blocks come first, then single voxels.
 
     Args:
         branch: whose features these are.
         spatial_channels, context_channels: see :class:`RandDropConditionsd`.
         swap_channels: see :func:`~custom.transforms.augment.mirror_order`.
         ct_prob, organ_prob: of the case with less input; see there.
-        seed: of what is left out.
+        seed: of what is left out, and of the single voxels.
+        single_voxels: so many for each block, drawn anew in each of the four; 0 for blocks alone.
     """
 
     def __init__(self, branch: BroadBranch, spatial_channels: Sequence[str], context_channels: Sequence[str],
                  swap_channels: Sequence[Sequence[str]] = (), ct_prob: float = 0.3, organ_prob: float = 0.1,
-                 seed: int = 0) -> None:
-        self.branch = branch
+                 seed: int = 0, single_voxels: float = 0.0) -> None:
+        self.branch, self.single_voxels, self.seed = branch, single_voxels, seed
         self.mirrored = mirror_order(spatial_channels, swap_channels)
         self.drop = RandDropConditionsd(Keys.IMAGE, spatial_channels, context_channels, ct_prob, organ_prob)
         self.drop.set_random_state(seed)
@@ -42,14 +43,27 @@ class BroadSamplesd(Transform):
     def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[str, list[dict[str, Tensor]]]:
         whole = {key: torch.as_tensor(data[key]) for key in (Keys.IMAGE, CONTEXT, Keys.LABEL, Keys.BODY)}
         cases = [(whole, False), (self.drop(whole), True)]
-        return {VARIANTS: [{**self._sample(case, axes), "less": less} for case, less in cases for axes in ((), (1,))]}
+        generator = torch.Generator().manual_seed(self.seed)
+        return {VARIANTS: [{**self._sample(case, axes, generator), "less": less}
+                           for case, less in cases for axes in ((), (1,))]}
 
-    def _sample(self, case: Mapping[Hashable, Tensor], axes: tuple[int, ...]) -> dict[str, Tensor]:
+    def _sample(self, case: Mapping[Hashable, Tensor], axes: tuple[int, ...], generator: torch.Generator) -> dict:
         image, label, body = (torch.flip(case[key].float(), axes) for key in (Keys.IMAGE, Keys.LABEL, Keys.BODY))
-        seen = self.branch.features(image[self.mirrored] if axes else image, case[CONTEXT])
-        dose = mean_of_blocks(label * (body > 0))[0]
-        return {"voxels": seen.voxels.half(), "patient": seen.patient, "weight": seen.body[seen.inside].half(),
-                "residual": (dose - seen.plan)[seen.inside].half()}
+        image = image[self.mirrored] if axes else image
+        dose, seen = label * (body > 0), self.branch.features(image, case[CONTEXT])
+        parts = [_rows(seen, mean_of_blocks(dose))]
+        if self.single_voxels:
+            voxels = _rows(self.branch.features(image, case[CONTEXT], edge_voxels=1), dose)
+            count = round(self.single_voxels * len(seen.voxels))
+            drawn = torch.randperm(len(voxels["weight"]), generator=generator)[:count]
+            parts.append({key: value[drawn] for key, value in voxels.items()})
+        return {"patient": seen.patient, **{key: torch.cat([part[key] for part in parts]) for key in parts[0]}}
+
+
+def _rows(seen: BroadVoxels, dose: Tensor) -> dict[str, Tensor]:
+    """Features, what is to be learnt and its weight in each block or voxel, of ``dose`` (1, X, Y, Z) of that size."""
+    return {"voxels": seen.voxels.half(), "weight": seen.body[seen.inside].half(),
+            "residual": (dose[0] - seen.plan)[seen.inside].half()}
 
 
 class RandBroadVoxelsd(Randomizable, Transform):

@@ -50,6 +50,27 @@ def test_less_input_is_left_out_of_the_second_pair_alone(case):
     assert torch.equal(whole["residual"], less["residual"])
 
 
+def test_single_voxels_stand_behind_the_blocks(case):
+    apart = torch.randperm(case["label"].numel()) + 1.0  # values of the plan that tell the voxels apart, also in half
+    case["image"][-1] = apart.reshape(SIZE).half() / 1024 * case["body"][0]
+    blocks, both = variants(case), variants(case, single_voxels=2.0)
+    assert torch.equal(both[0]["residual"], variants(case, single_voxels=2.0)[0]["residual"])
+    dose, plan = case["label"][0].float(), case["image"][-1].float()
+    found = {}
+    for name, (few, more) in zip(("whole", "mirrored"), zip(blocks, both)):
+        n = len(few["weight"])
+        assert all(torch.equal(few[key], more[key][:n]) for key in ("voxels", "residual", "weight"))
+        assert torch.equal(few["patient"], more["patient"])
+        assert all(len(more[key]) == 3 * n for key in ("voxels", "residual", "weight"))
+        assert (more["weight"][n:] == 1).all()
+        given = more["voxels"][n:, SPATIAL.index("plan_prior")]
+        found[name] = dict(zip(given.tolist(), more["residual"][n:].tolist()))
+        for value, residual in found[name].items():
+            x, y, z = (plan == value).nonzero()[0]
+            assert residual == pytest.approx(float(dose[x, y, z]) - value, abs=1e-3)
+    assert set(found["whole"]) != set(found["mirrored"])
+
+
 def test_voxels_are_drawn_with_what_belongs_to_them(case):
     found = variants(case)
     draw = RandBroadVoxelsd(200)
