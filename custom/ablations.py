@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats
 
 from custom.case import CaseError
-from custom.whole import write_whole
+from custom.whole import write_json, write_whole
 
 __all__ = ["Ablations", "table"]
 
@@ -81,7 +81,7 @@ class Ablations:
             raise CaseError(f"ablation {name!r} ended with exit code {code}; read {log}, and run again to go on")
 
     def _write(self, found: Mapping[str, Mapping]) -> None:
-        write_whole(self.output_dir / "ablations.json", json.dumps(found, indent=1))
+        write_json(self.output_dir / "ablations.json", found)
         write_whole(self.output_dir / "ablations.md", table(found))
         logger.info("\n%s", table(found))
 
@@ -115,7 +115,7 @@ def _difference(scores: Mapping, first: Mapping, key: str, digits: int) -> str:
     """Mean paired difference over the cases that both have a number of, with its interval; nothing for the first."""
     if scores is first or key not in first:
         return ""
-    difference = np.subtract(scores[key], first[key])
+    difference = np.array(scores[key], dtype=float) - np.array(first[key], dtype=float)  # nan where JSON has null
     difference = difference[np.isfinite(difference)]
     if difference.size < 2:
         return ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import resource
 import time
@@ -15,7 +14,8 @@ from monai.networks.nets import BasicUNet
 from torch import Tensor, nn
 
 from custom.case import Keys
-from custom.whole import write_whole
+from custom.precision import wait_for
+from custom.whole import write_json
 
 __all__ = ["Benchmark", "CascadeUNet", "table"]
 
@@ -77,7 +77,7 @@ class Benchmark:
             row["ratio_to_1_step"] = row["seconds"] / unit
         record = {"cases": len(cases), "threads": torch.get_num_threads(), "device": str(self.device),
                   "autocast_dtype": str(self.dtype), "stages": rows}
-        write_whole(self.path, json.dumps(record, indent=1))
+        write_json(self.path, record)
         logger.info("\n%s", table(rows))
         return rows
 
@@ -88,10 +88,10 @@ class Benchmark:
         def timed(stage: str, call: Callable, repeats: int = 1):
             best = float("inf")
             for _ in range(repeats):
-                self._wait()
+                wait_for(self.device)
                 start = time.perf_counter()
                 result = call()
-                self._wait()
+                wait_for(self.device)
                 best = min(best, time.perf_counter() - start)
             found[stage] = best, _peak_gb()
             return result
@@ -129,10 +129,6 @@ class Benchmark:
         padded = nn.functional.pad(image, [p for n in reversed(image.shape[2:]) for p in (0, -n % 16)])
         timed("C3D-sized cascade", lambda: yardstick(padded), self.repeats)
         return pred
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def table(rows: Sequence[Mapping]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from custom.comparison_figures import draw_doses, draw_dvhs
 from custom.comparison_table import compare, markdown, structure_errors
 from custom.io import read_case
 from custom.io.nifti import read_nifti
-from custom.whole import write_whole
+from custom.whole import write_json, write_whole
 
 __all__ = ["Comparison"]
 
@@ -72,7 +71,7 @@ class Comparison:
         found = {name: self._found(name) for name in self.systems}
         table = compare(found, self.seed)
         parts = [markdown(table), structure_errors(found)]
-        self._write("comparison.json", json.dumps(_without_nan(table), indent=1))
+        write_json(self.output_dir / "comparison.json", table)
         self._write("comparison.md", "\n".join(parts))
         logger.info("\n%s", parts[0])
         self._draw()
@@ -139,10 +138,3 @@ class Comparison:
 
     def _write(self, name: str, text: str) -> None:
         write_whole(self.output_dir / name, text)
-
-
-def _without_nan(value: Any) -> Any:
-    """The same nested record with null for nan, as JSON has none."""
-    if isinstance(value, Mapping):
-        return {key: _without_nan(child) for key, child in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

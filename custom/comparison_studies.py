@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 
 from custom.case import CaseError
 from custom.comparison_figures import draw_steps
-from custom.whole import write_whole
+from custom.whole import write_json
 
 __all__ = ["SEED_COLUMNS", "SeedSpread", "StepCurve"]
 
@@ -72,7 +71,7 @@ class SeedSpread:
                               "std": float(means.std(ddof=1)), "min": float(means.min()), "max": float(means.max())}
             logger.info("%-32s mean %.4f, variance over %d seeds %.2g", column, means.mean(), len(ways),
                         spread[column]["variance"])
-        write_whole(self.folder / "seed_spread.json", json.dumps({"seeds": len(ways), "scores": spread}, indent=1))
+        write_json(self.folder / "seed_spread.json", {"seeds": len(ways), "scores": spread})
         return spread
 
 

@@ -104,7 +104,7 @@ def split_cases(dataset_dir: str | Path, part: str, validation_share: float = 0.
     if told:
         chosen = [path for path in told if f"{part}-pats" in path.parts]
     else:
-        held = [zlib.crc32(path.name.encode()) % 1000 < 1000 * validation_share for path in cases]
+        held = [zlib.crc32(case_name(path).encode()) % 1000 < 1000 * validation_share for path in cases]
         chosen = [path for path, is_held in zip(cases, held, strict=True) if is_held == (part == "validation")]
     if not chosen:
         raise CaseError(f"{dataset_dir}: found {len(cases)} cases but none for {part}; expected folders train-pats and "

@@ -22,6 +22,7 @@ from monai.utils import CommonKeys
 from custom.case import CaseError
 from custom.metrics import write_metrics
 from custom.networks.growth import grow
+from custom.precision import wait_for
 from custom.whole import whole_file
 
 __all__ = [
@@ -80,13 +81,15 @@ class ObjectiveUpdate:
         loss_weights: weight of each term; a term without one counts 1.
         ramped: terms whose weight rises linearly from 0 over ``ramp`` (shares of the run).
         clip_norm: gradient norm limit.
-        autocast_dtype: ``"bfloat16"``, ``"float16"`` or None for float32.
+        autocast_dtype: ``"bfloat16"`` or None for float32; float16 would lose small gradients.
         batch_transform: applied to each batch on the device, such as MONAI's ``MixUpd`` (the paper's mixup).
     """
 
     def __init__(self, objective: Callable, loss_weights: Mapping[str, float] | None = None,
                  ramped: Sequence[str] = (), ramp: tuple[float, float] = (0.3, 0.5), clip_norm: float = 1.0,
                  autocast_dtype: str | None = "bfloat16", batch_transform: Callable | None = None) -> None:
+        if autocast_dtype not in (None, "bfloat16"):
+            raise CaseError(f"training: autocast_dtype {autocast_dtype!r}; expected 'bfloat16' or None (float32)")
         self.batch_transform = batch_transform
         self.objective, self.loss_weights = objective, dict(loss_weights or {})
         self.ramped, self.ramp, self.clip_norm = tuple(ramped), ramp, clip_norm
@@ -419,8 +422,7 @@ class MetricsCollector:
         self.begun = time.perf_counter()
 
     def _predicted(self, engine: Engine) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        wait_for(engine.state.device)
         self.seconds = time.perf_counter() - self.begun
 
     def _add(self, engine: Engine) -> None:

@@ -17,8 +17,8 @@ __all__ = ["AxialSliceInferer"]
 class AxialSliceInferer(DoseDiffusionInferer):
     """Dose of a volume ``(B, C, X, Y, Z)``, axial slices batched, each with the neighbours that the network looks at.
 
-    The noise belongs to the volume: any number of slices a batch gives the same dose. (MONAI's ``SliceInferer`` knows
-    neither neighbours nor noise.)
+    The noise belongs to the volume: any number of slices a batch gives the same dose, and a flip flips where
+    it starts. (MONAI's ``SliceInferer`` knows neither neighbours nor noise.)
 
     Args:
         num_inference_steps: DDIM steps; DoseDiff takes 8.
@@ -53,8 +53,11 @@ class AxialSliceInferer(DoseDiffusionInferer):
         self.slices_per_batch, self.eta = slices_per_batch, eta
 
     def _start(self, image: Tensor, network: nn.Module, generator: torch.Generator | None) -> Tensor:
-        """Nothing: a batch of slices draws its part of the volume's noise itself."""
-        return image.new_zeros((0,) * image.ndim)
+        """The noise of each sample, ``(B, K, X, Y, Z)``, or zero."""
+        shape = (image.shape[0], 1, *image.shape[2:])
+        if not self.stochastic:
+            return image.new_zeros((shape[0], self.num_samples, *shape[2:]), dtype=torch.float32)
+        return torch.cat([_noise(shape, seed) for seed in self._seeds(generator)], dim=1).to(image.device)
 
     def _volume(
         self,
@@ -65,7 +68,7 @@ class AxialSliceInferer(DoseDiffusionInferer):
         start: Tensor,
     ) -> Tensor:
         """Doses ``(B, K, X, Y, Z)``; each batch of slices encodes its conditions once for all samples."""
-        seeds = torch.randint(2**31, (self.num_samples,), generator=generator).tolist()
+        seeds = self._seeds(generator) if self.eta else [0] * self.num_samples
         depth, halo, parts = image.shape[-1], network.halo, []
         for first in range(0, depth, self.slices_per_batch):
             last = min(first + self.slices_per_batch, depth)
@@ -73,18 +76,23 @@ class AxialSliceInferer(DoseDiffusionInferer):
             kept = slice(first - seen.start, last - seen.start)
             with torch.autocast(image.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
                 conditions = network.encode(image[..., seen])
-                doses = [self._sample(network, conditions, image, seen, seed)[..., kept] for seed in seeds]
+                doses = [self._sample(network, conditions, start[:, [k]], seen, seed)[..., kept]
+                         for k, seed in enumerate(seeds)]
             parts.append(torch.cat(doses, dim=1))
         return torch.cat(parts, dim=-1)
 
-    def _sample(self, network: nn.Module, conditions, image: Tensor, seen: slice, seed: int) -> Tensor:
-        """One sample of the slices ``seen``, with that part of the volume's noise."""
+    def _sample(self, network: nn.Module, conditions, start: Tensor, seen: slice, seed: int) -> Tensor:
+        """One sample of the slices ``seen``, with that part of the volume's noise: ``start`` (B, 1, X, Y, Z)."""
 
         def noise(number: int) -> Tensor:
-            draw = torch.Generator().manual_seed(seed + 1 + number)
-            volume = torch.randn((image.shape[0], 1, *image.shape[2:]), generator=draw)
-            return volume[..., seen].to(image.device)
+            return _noise(start.shape, seed + 1 + number)[..., seen].to(start.device)
 
-        start = noise(-1) if self.stochastic else torch.zeros_like(image[:, :1, ..., seen], dtype=torch.float32)
-        x0 = ddim_sample(network, start, conditions, self.num_inference_steps, self.eta, noise)
+        x0 = ddim_sample(network, start[..., seen], conditions, self.num_inference_steps, self.eta, noise)
         return network.to_dose(x0, conditions).float()
+
+    def _seeds(self, generator: torch.Generator | None) -> list[int]:
+        return torch.randint(2**31, (self.num_samples,), generator=generator).tolist()
+
+
+def _noise(shape: Sequence[int], seed: int) -> Tensor:
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))

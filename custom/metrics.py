@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from custom.dosimetry.dvh import parse_metric
 from custom.dosimetry.image_quality import similarity
 from custom.dosimetry.indices import conformity_paddick, homogeneity_icru83, isodose_dice, isodose_hausdorff95_mm
 from custom.dosimetry.structure_scores import structure_scores
-from custom.whole import write_whole
+from custom.whole import write_json, write_whole
 
 __all__ = [
     "DoseScore",
@@ -208,9 +207,8 @@ def write_metrics(rows: Sequence[Mapping[str, Any]], out_dir: str | Path) -> dic
         table.writerow([row.get("case", number), *(_cell(row.get(name)) for name in names)])
     for statistic in ("mean", "std"):
         table.writerow([statistic, *(_cell(summary["metrics"][name][statistic]) for name in names)])
-    encoded = json.dumps(_without_nan(summary), indent=1, allow_nan=False)
     write_whole(out_dir / "metrics.csv", text.getvalue())
-    write_whole(out_dir / "metrics.json", encoded)
+    write_json(out_dir / "metrics.json", summary)
     return summary
 
 
@@ -364,12 +362,3 @@ def _numeric_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _cell(value: Any) -> str:
     return "" if value is None or math.isnan(value) else f"{value:.6g}"
-
-
-def _without_nan(value: Any) -> Any:
-    """The same nested record with null for nan, as JSON has none."""
-    if isinstance(value, Mapping):
-        return {k: _without_nan(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

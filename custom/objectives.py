@@ -6,7 +6,7 @@ A batch holds ``image`` (B, C, X, Y, Z), ``label`` (B, 1, X, Y, Z, fraction of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from custom.losses import criteria_dvh_l1, gradient_l1, masked_l1, sorted_dvh_l1
 from custom.networks.broad import mean_of_blocks, spread_means
 from custom.networks.noise import draw_noise
 
-__all__ = ["AutoencoderObjective", "BroadObjective", "CompositeObjective", "DiffusionObjective", "RegressionObjective"]
+__all__ = ["AutoencoderObjective", "BroadObjective", "DiffusionObjective", "RegressionObjective"]
 
 Batch = Mapping[str, Any]
 
@@ -201,48 +201,19 @@ class AutoencoderObjective:
     Args:
         ct_channel: index of the CT channel (HU/1000) in ``image``.
         kl_weight: final weight of the KL term, per latent element.
-        anneal_steps: calls over which the weight rises from 0, linearly.
+        anneal: share of the run over which the weight rises from 0, linearly.
     """
 
-    def __init__(self, ct_channel: int = 0, kl_weight: float = 1e-3, anneal_steps: int = 0) -> None:
+    def __init__(self, ct_channel: int = 0, kl_weight: float = 1e-3, anneal: float = 0.0) -> None:
         self.ct_channel = ct_channel
         self.kl_weight = kl_weight
-        self.anneal_steps = anneal_steps
-        self.calls = 0
+        self.anneal = anneal
+        self.progress = 0.0  # of the run; custom.engines.ObjectiveUpdate says so
 
     def __call__(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
         autoencoder = network.ct_encoder
         ct = autoencoder.scale_ct(batch["image"][:, self.ct_channel : self.ct_channel + 1])
         reconstruction, mean, log_variance = autoencoder(ct)
-        weight = self.kl_weight * (min(1.0, self.calls / self.anneal_steps) if self.anneal_steps else 1.0)
-        self.calls += int(network.training)
+        weight = self.kl_weight * (min(1.0, self.progress / self.anneal) if self.anneal else 1.0)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).float().mean()
         return {"reconstruction": F.l1_loss(reconstruction.float(), ct.float()), "kl": weight * kl}
-
-    def state_dict(self) -> dict[str, int]:
-        return {"calls": self.calls}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self.calls = int(state["calls"])
-
-
-class CompositeObjective:
-    """Weighted union of objectives; terms of the same name are told apart by the objective's place.
-
-    Args:
-        objectives: callables ``(network, batch) -> terms``.
-        weights: one a callable; 1 by default.
-    """
-
-    def __init__(self, objectives: Sequence[Callable[..., Mapping[str, Tensor]]], weights=None) -> None:
-        self.objectives = list(objectives)
-        self.weights = [1.0] * len(self.objectives) if weights is None else list(weights)
-        if len(self.weights) != len(self.objectives):
-            raise CaseError(f"objective: {len(self.objectives)} objectives but {len(self.weights)} weights")
-
-    def __call__(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        terms: dict[str, Tensor] = {}
-        for i, (objective, weight) in enumerate(zip(self.objectives, self.weights)):
-            for name, value in objective(network, batch).items():
-                terms[name if name not in terms else f"{name}_{i}"] = weight * value
-        return terms

@@ -1,4 +1,4 @@
-"""What makes a device compute faster: its number format, and compiled parts of a network."""
+"""What makes a device compute faster: its number format, and compiled parts of a network; and when it is done."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from custom.case import CaseError
 
-__all__ = ["compile_parts", "fast_dtype"]
+__all__ = ["compile_parts", "fast_dtype", "wait_for"]
 
 
 def fast_dtype(device: torch.device | str) -> str | None:
@@ -41,3 +41,9 @@ def compile_parts(network: torch.nn.Module, parts: Mapping[str, Mapping[str, Any
         raise CaseError(f"compiled: {unknown} are no parts of the network; expected some of {sorted(known)}")
     for name, options in parts.items():
         known[name].compile(**options)
+
+
+def wait_for(device: torch.device | str) -> None:
+    """Until a CUDA device has done all it was asked to, as a clock wants; other devices are never behind."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)

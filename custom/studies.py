@@ -7,7 +7,6 @@ reference dose and writes one table; ``bundle/configs/studies.json`` wires them.
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +23,8 @@ from custom.dosimetry.dvh import parse_metric
 from custom.dosimetry.image_quality import fine_structure_ratio, psnr_db, ssim
 from custom.dosimetry.regions import regions
 from custom.metrics import case_metrics, openkbp_dvh, summarise
-from custom.whole import whole_file, write_whole
+from custom.precision import wait_for
+from custom.whole import whole_file, write_json
 
 __all__ = [
     "CachedScore",
@@ -113,9 +113,11 @@ class PredictionStudy:
                 images[inputs] = condition({**item, WORK: without(item[WORK], left_out)})
             data = images[inputs]
             image = data[Keys.IMAGE][None].to(self.device)
+            wait_for(self.device)
             start = time.perf_counter()
             with torch.no_grad():
                 dose = how["inferer"](image, self.network)
+            wait_for(self.device)
             seconds = time.perf_counter() - start
             dose_gy = self.restore({**data, Keys.PRED: dose[0]})[Keys.PRED][0].numpy()
             yield {"case": case.name, "way": way, "has_ct": int(case.ct_hu is not None and "CT" not in left_out),
@@ -139,7 +141,7 @@ class PredictionStudy:
             table = csv.DictWriter(stream, names, restval="")
             table.writeheader()
             table.writerows(rows)
-        write_whole(self.path.with_suffix(".json"), json.dumps(summaries, indent=1))
+        write_json(self.path.with_suffix(".json"), summaries)
         for way, summary in summaries.items():
             logger.info("%-24s %s", way, "  ".join(f"{name} {summary[name]:.4g}" for name in
                                                    (*COLUMNS, *self.measured) if name in summary))
@@ -196,7 +198,7 @@ class CachedScore:
                 for key, values in scores.items():
                     found[name].setdefault(key, []).extend(values)
         summary = {name: _summary(scores) for name, scores in found.items()}
-        write_whole(self.path, json.dumps(summary, indent=1))
+        write_json(self.path, summary)
         return summary
 
     def _case(self, number: int) -> Iterator[tuple[str, dict[str, Sequence[float]]]]:
@@ -332,7 +334,7 @@ class CalibrationStudy:
             "dvh_metrics": {"number": len(within), "within_samples": float(np.mean(within)) if within else None,
                             "expected": (drawn - 1) / (drawn + 1)},
         }
-        write_whole(self.path, json.dumps(record, indent=1))
+        write_json(self.path, record)
         for row in record["reliability"]:
             logger.info("level %.2f: coverage %.3f uncalibrated, %.3f calibrated", *row.values())
         logger.info("%d DVH metrics, %s of them within the samples; expected %.3f", *record["dvh_metrics"].values())

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-__all__ = ["whole_file", "write_whole"]
+__all__ = ["whole_file", "write_json", "write_whole"]
 
 
 @contextlib.contextmanager
@@ -34,3 +37,16 @@ def write_whole(path: str | Path, text: str) -> None:
     """Write a text file (UTF-8, line ends as they are) whole or not at all."""
     with whole_file(path) as part, part.open("w", encoding="utf-8", newline="") as stream:
         stream.write(text)
+
+
+def write_json(path: str | Path, record: Any) -> None:
+    """Write a nested record as JSON, whole or not at all; null where a number is nan or infinite, which JSON lacks."""
+    write_whole(path, json.dumps(_finite(record), indent=1, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(child) for key, child in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(child) for child in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

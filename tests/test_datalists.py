@@ -53,6 +53,13 @@ def test_hash_splits_without_overlap_and_stays_when_cases_are_added(tmp_path):
     assert validation < set(half) and 40 <= len(half) <= 80
 
 
+def test_hash_takes_the_cases_name_not_a_folder_that_all_have(tmp_path):
+    openkbp(tmp_path / "plain", *(f"case_{n:03d}" for n in range(40)))
+    openkbp(tmp_path / "deep", *(f"case_{n:03d}/dicom" for n in range(40)))
+    plain, deep = (split_cases(tmp_path / name, "validation") for name in ("plain", "deep"))
+    assert [Path(c["image"]).parent.name for c in deep] == [Path(c["image"]).name for c in plain] and plain
+
+
 @pytest.mark.parametrize(("folders", "part"), [
     (["train-pats/pt_1"], "validation"), (["validation-pats/pt_201"], "train"), (["one"], None),
 ])

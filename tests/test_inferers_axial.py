@@ -63,6 +63,16 @@ def test_flip_swaps_the_sides():
     torch.testing.assert_close(AxialSliceInferer(1, flips=[[0]], **options)(image, network), expected)
 
 
+def test_both_flips_start_from_the_same_noise_flipped(monkeypatch):
+    image, network = make_image(4), make_network()
+    monkeypatch.setattr("custom.inferers_axial.ddim_sample", lambda network, start, *_: start)
+    monkeypatch.setattr(network, "to_dose", lambda x0, conditions: x0)
+    options = {"num_samples": 2, "slices_per_batch": 3, "condition_channels": CHANNELS}
+    plain = AxialSliceInferer(**options).sample(image, network)
+    assert plain.std() > 0.5 and not torch.equal(plain[0], plain[1])
+    torch.testing.assert_close(AxialSliceInferer(flips=[[0], [1]], **options).sample(image, network), plain)
+
+
 def test_spread_of_samples_is_that_of_single_ones():
     image, network = make_image(2), make_network()
     samples = AxialSliceInferer(2, num_samples=3).sample(image, network)

@@ -16,9 +16,9 @@ LAYERS = (
     {"case", "places", "whole"},
     {"rois"},
     {"io", "geometry", "dosimetry", "physics", "networks"},
-    {"losses", "metrics", "protocol", "report", "phantom"},
-    {"transforms", "objectives", "inferers", "engines", "precision", "datalists", "batch", "runner", "studies",
-     "benchmark", "ablations", "pictures", "comparison"},
+    {"losses", "metrics", "protocol", "report", "phantom", "precision"},
+    {"transforms", "objectives", "inferers", "engines", "datalists", "batch", "runner", "studies", "benchmark",
+     "ablations", "pictures", "comparison"},
     {"distributed", "demo"},
     {"release"},
 )

@@ -10,7 +10,6 @@ from custom.networks.blocks import NoiseSchedule
 from custom.objectives import (
     AutoencoderObjective,
     BroadObjective,
-    CompositeObjective,
     DiffusionObjective,
     RegressionObjective,
 )
@@ -144,12 +143,14 @@ def test_one_step_term_is_the_dose_error_in_residual_units(batch):
 
 def test_autoencoder_anneals_the_kl_term(batch):
     network = make_network(frozen=()).train()
-    objective = AutoencoderObjective(kl_weight=1.0, anneal_steps=2)
-    kl = [float(objective(network, batch)["kl"]) for _ in range(3)]
-    assert kl[0] == 0 and 0 < kl[1] < kl[2]
-    other = AutoencoderObjective(kl_weight=1.0, anneal_steps=2)
-    other.load_state_dict(objective.state_dict())
-    assert other.calls == 3
+    objective, whole = AutoencoderObjective(kl_weight=1.0, anneal=0.5), AutoencoderObjective(kl_weight=1.0)
+    kl = []
+    for objective.progress in (0.0, 0.25, 0.5, 1.0):
+        torch.manual_seed(0)
+        kl.append(float(objective(network, batch)["kl"]))
+    torch.manual_seed(0)
+    full = float(whole(network, batch)["kl"])
+    assert kl == pytest.approx([0.0, full / 2, full, full], rel=1e-5) and full > 0
 
 
 def test_autoencoder_learns(batch):
@@ -166,19 +167,11 @@ def test_autoencoder_learns(batch):
     assert errors[-1] < 0.5 * errors[0]
 
 
-def test_composite_weighs_and_keeps_every_term(batch):
-    one, two = (lambda n, b: {"l1": torch.tensor(1.0)}), (lambda n, b: {"l1": torch.tensor(2.0)})
-    terms = CompositeObjective([one, two], [1.0, 0.5])(None, batch)
-    assert {name: float(value) for name, value in terms.items()} == {"l1": 1.0, "l1_1": 1.0}
-
-
 def test_wrong_arguments_are_named():
     with pytest.raises(CaseError, match="Lens"):
         RegressionObjective(roi_names=["PTV"], target_names=["Lens"])
     with pytest.raises(CaseError, match="'huber'"):
         DiffusionObjective(kind="huber")
-    with pytest.raises(CaseError, match="weights"):
-        CompositeObjective([], [1.0])
 
 
 def dvh_case(seed: int, structures: bool) -> dict:

@@ -51,6 +51,7 @@ __all__ = ["DicomFile", "read_dicom", "scan_dicom"]
 
 DEFAULT_BEAMS = {"VMAT": "vmat2", "IMRT": "imrt9"}
 KEPT_INSIDE = 0.5
+LEVELS_UP = 3  # folders in which the CT of an RTSTRUCT file is looked for: its own, and two above
 MAX_LOST_TARGET = 0.01
 _VALID = {
     "StudyDate": r"\d{8}", "PatientBirthDate": r"\d{8}", "StudyTime": r"\d{2,6}(\.\d{1,6})?", "PatientSex": "[MFO]",
@@ -136,11 +137,14 @@ def _mask(structures: StructureSet, roi, ct: CtSeries, engine: str, notes: list[
 
 
 def _files_around(path: Path) -> list[DicomFile]:
-    """Files of the folder; for an RTSTRUCT file those of its folder, or of the one above when no CT is there."""
-    damaged: list[Path] = []
-    files = scan_dicom(path if path.is_dir() else path.parent, damaged)
-    if path.is_file() and not any(f.sop_class == CT_SOP_CLASS for f in files):
-        files = scan_dicom(path.parent.parent, damaged)
+    """Files of the folder; for an RTSTRUCT file those of the nearest folder above that has a CT, or other patients."""
+    folder = path if path.is_dir() else path.parent
+    for _ in range(1 if path.is_dir() else LEVELS_UP):
+        damaged: list[Path] = []
+        files = scan_dicom(folder, damaged)
+        if any(f.sop_class == CT_SOP_CLASS for f in files) or len({f.patient_id for f in files if f.patient_id}) > 1:
+            break
+        folder = folder.parent
     if damaged:
         raise CaseError(f"{damaged[0]}: empty, cut short, deflated or no DICOM file at all ({len(damaged)} such "
                         "file(s)); expected only whole DICOM files. Copy it anew, or delete it")
@@ -260,7 +264,9 @@ def _plan_prescription(plan: Plan | None, structures: StructureSet, chosen: RoiA
             continue
         name = next((n for n, i in chosen.index.items() if i == position), None)
         if name is None:
-            name = re.sub(r"[^A-Za-z0-9+-]+", "_", rois[position].name).strip("_")
+            name = plain = re.sub(r"[^A-Za-z0-9+-]+", "_", rois[position].name).strip("_") or f"ROI_{number}"
+            while name in chosen.index:
+                name = f"{plain}_{number}" if name == plain else f"{name}_"
             chosen.index[name] = position
             chosen.notes.append(f"{rois[position].name!r} is a target of the RTPLAN and used as {name}")
         by_name[name] = gy
@@ -272,7 +278,8 @@ def _body(rois, ct: CtSeries, targets: list[np.ndarray], notes: list[str]) -> np
     if len(external) == 1:
         notes.append(f"Body: the ROI {external[0].name!r} of type EXTERNAL")
         return rasterise(external[0], ct.grid, notes)
-    notes.append("no external contour: Body is taken from the CT (above -400 HU, largest part, holes filled)")
+    found = "several external contours" if external else "no external contour"
+    notes.append(f"{found}: Body is taken from the CT (above -400 HU, largest part, holes filled)")
     body, target = body_from_ct(ct.hu), np.logical_or.reduce(targets)
     outside_cc = float((target & ~body).sum() * ct.grid.voxel_cc)
     if outside_cc > 0:
@@ -292,6 +299,11 @@ def _beams(plan: Plan | None, options: ReadOptions, masks, levels, grid: Grid, n
 def _dose(files: Sequence[DicomFile], plan: Plan | None, ct: CtSeries, notes: list[str]):
     """Reference dose on the CT's grid, and the grid it was stored on."""
     doses = [read_rtdose(f.path) for f in files if f.sop_class == RTDOSE_SOP_CLASS]
+    others = {f.sop_uid for f in files if f.sop_class == RTPLAN_SOP_CLASS and plan and f.sop_uid != plan.sop_uid}
+    foreign = [d.path.name for d in doses if d.plan_uid in others]
+    if len(foreign) == len(doses) > 0:
+        notes.append(f"{', '.join(foreign)}: of another RTPLAN, left out; no RTDOSE is the plan's")
+        return None, None
     if not doses:
         return None, None
     dose, more = combine_doses(doses, plan.sop_uid if plan else "", plan.fractions if plan else None)
@@ -306,7 +318,7 @@ def _references(ct: CtSeries, structures: StructureSet, plan: Plan | None, highe
     out: dict[str, Any] = {}
     for keyword in ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyInstanceUID", "StudyDate",
                     "StudyTime", "StudyID", "StudyDescription", "AccessionNumber", "ReferringPhysicianName",
-                    "FrameOfReferenceUID", "PositionReferenceIndicator", "PatientPosition"):
+                    "FrameOfReferenceUID", "PositionReferenceIndicator"):
         text = str(header.get(keyword) or "").strip()
         valid = re.fullmatch(_VALID.get(keyword, r"[^\\]{1,64}"), text)  # values that break their VR are not passed on
         out[keyword] = text if valid else ""
@@ -324,5 +336,4 @@ def _references(ct: CtSeries, structures: StructureSet, plan: Plan | None, highe
         out["RTPlanSOPInstanceUID"] = plan.sop_uid
         out["RTPlanLabel"] = str(plan.dataset.get("RTPlanLabel") or "")
         out["NumberOfFractions"] = plan.fractions
-        out["PatientPosition"] = plan.patient_position or out["PatientPosition"]
     return out

@@ -26,10 +26,11 @@ def is_gdp_hmm_file(path: Path) -> bool:
     """True for an ``.npz`` whose one entry is ``arr_0``, and for a damaged one: its reader says so."""
     if path.suffix.lower() != ".npz" or not path.is_file():
         return False
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist() == ["arr_0.npy"]
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
         return True
-    with zipfile.ZipFile(path) as archive:
-        return archive.namelist() == ["arr_0.npy"]
 
 
 def find_cases(dataset_dir: str | Path) -> list[Path]:

@@ -94,6 +94,9 @@ def _check_inside(masks: dict[str, np.ndarray], path: Path, notes: list[str]) ->
     if not body.any():
         raise CaseError(f"{path / MASK_FILE}: no voxel; expected the body. Copy the file anew")
     for name, mask in masks.items():
+        if not mask.any() and name.startswith("PTV"):
+            raise CaseError(f"{path}: {name} has no voxel; expected a target. Copy its file anew, or delete the "
+                            "file of a target that is not there")
         if not mask.any():
             notes.append(f"{name}: no voxel, taken as absent")
         elif name.startswith("PTV") and np.count_nonzero(mask & ~body) > MAX_OUTSIDE * np.count_nonzero(mask):

@@ -137,7 +137,7 @@ def combine_doses(doses: Sequence[Dose], plan_uid: str = "", fractions: int | No
 
     Args:
         doses: all that were found.
-        plan_uid: the RTPLAN in use; doses of other plans are left out.
+        plan_uid: the RTPLAN in use; doses of other plans are left out where one is of this plan, or names none.
         fractions: number of fractions, for doses of one FRACTION.
 
     Raises:
@@ -145,6 +145,8 @@ def combine_doses(doses: Sequence[Dose], plan_uid: str = "", fractions: int | No
     """
     notes = [n for d in doses for n in d.notes]
     chosen = [d for d in doses if not plan_uid or d.plan_uid in ("", plan_uid)] or list(doses)
+    if plan_uid and all(d.plan_uid not in ("", plan_uid) for d in chosen):
+        notes.append("no RTDOSE refers to the RTPLAN in use; that of a plan which is not there is taken")
     if len(chosen) < len(doses):
         notes.append(f"{len(doses) - len(chosen)} RTDOSE file(s) of other plans left out")
     whole = [d for d in chosen if d.summation in ("PLAN", "MULTI_PLAN", "PLAN_OVERVIEW", "RECORD", "")]
@@ -156,7 +158,7 @@ def combine_doses(doses: Sequence[Dose], plan_uid: str = "", fractions: int | No
         whole = referring
     if whole:
         if len(chosen) > 1:
-            notes.append(f"{whole[0].path.name} is the plan's dose; doses of single beams are left out")
+            notes.append(f"{whole[0].path.name} is the plan's dose; the other doses are left out")
         return whole[0], notes
     kinds = {d.summation for d in chosen}
     if len(kinds) > 1:
@@ -246,8 +248,7 @@ def _header(references: Mapping[str, Any], description: str) -> FileDataset:
     for keyword in ("StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName", "PatientName", "PatientID",
                     "PatientBirthDate", "PatientSex", "StudyID", "PositionReferenceIndicator"):
         setattr(ds, keyword, references.get(keyword) or "")
-    for keyword in ("StudyDescription", "PatientIdentityRemoved", "DeidentificationMethod",
-                    "LongitudinalTemporalInformationModified"):
+    for keyword in ("StudyDescription", "PatientIdentityRemoved", "DeidentificationMethod"):
         if references.get(keyword):
             setattr(ds, keyword, references[keyword])
     ds.StudyInstanceUID = references.get("StudyInstanceUID") or generate_uid()

@@ -40,14 +40,12 @@ class Roi:
         name: ROIName.
         kind: RTROIInterpretedType, upper case, often empty.
         contours: closed contours, each ``(n, 3)`` LPS mm with n >= 3.
-        skipped: contours left out: points, open lines, fewer than three points.
     """
 
     number: int
     name: str
     kind: str
     contours: tuple[np.ndarray, ...]
-    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,8 +104,7 @@ def _structures(path: Path, dataset: Dataset) -> StructureSet:
     rois = []
     for item in dataset.get("StructureSetROISequence") or []:
         number, name = int(item.ROINumber), str(item.get("ROIName") or f"ROI {item.ROINumber}").strip()
-        contours, skipped = _closed_contours(shapes.get(number, []), path, name)
-        rois.append(Roi(number, name, kinds.get(number, ""), contours, skipped))
+        rois.append(Roi(number, name, kinds.get(number, ""), _closed_contours(shapes.get(number, []), path, name)))
     empty = [r.name for r in rois if not r.contours]
     if empty:
         notes.append(f"ROIs without a closed contour, taken as absent: {', '.join(empty)}")
@@ -119,8 +116,9 @@ def _structures(path: Path, dataset: Dataset) -> StructureSet:
     return StructureSet(path, dataset, tuple(rois), notes)
 
 
-def _closed_contours(sequence, path: Path, name: str) -> tuple[tuple[np.ndarray, ...], int]:
-    contours, skipped = [], 0
+def _closed_contours(sequence, path: Path, name: str) -> tuple[np.ndarray, ...]:
+    """All but points, open lines and contours of fewer than three points."""
+    contours = []
     for contour in sequence:
         kind = str(contour.get("ContourGeometricType") or "").upper()
         try:
@@ -132,9 +130,7 @@ def _closed_contours(sequence, path: Path, name: str) -> tuple[tuple[np.ndarray,
                             "mm; delete the ROI or export it anew")
         if kind in CLOSED_TYPES and len(points) >= 3:
             contours.append(points)
-        else:
-            skipped += 1
-    return tuple(contours), skipped
+    return tuple(contours)
 
 
 def _triplets(element) -> np.ndarray:
@@ -219,7 +215,7 @@ def _by_slice(roi: Roi, contours: Sequence[np.ndarray], notes: list[str]) -> tup
     if bent > 1.0:
         raise CaseError(f"ROI {roi.name!r}: a contour spans {bent:.1f} slices; expected contours that lie in the "
                         "slices of the CT (it was drawn on another orientation)")
-    slices = np.rint(depth).astype(int)
+    slices = np.floor(depth + 0.5 + 1e-6).astype(int)  # all planes midway between slices go the same way
     off = np.abs(depth - slices)
     keep = np.ones(len(contours), dtype=bool)
     for k in np.unique(slices):

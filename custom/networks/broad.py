@@ -277,11 +277,13 @@ def mean_of_blocks(x: Tensor, edge_voxels: int = 2) -> Tensor:
 
 
 def spread_means(means: Tensor, body: Tensor, targets: Tensor) -> Tensor:
-    """Change of each voxel beside the targets by which the blocks' means change as they are told to.
+    """Change of each voxel beside the targets that the blocks' means ask for, smooth from block to block.
+
+    Trilinear between the blocks' centres: a change that all neighbours share arrives whole, one of a single block less.
 
     Args:
         means: changes of :func:`mean_of_blocks`, ``(C, X/2, Y/2, Z/2)``, rounded up.
-        body, targets: ``(C, X, Y, Z)``; blocks with less than three tenths of body are left as they are.
+        body, targets: ``(C, X, Y, Z)``; blocks with less than three tenths of body ask for nothing.
     """
     inside, high = mean_of_blocks(body), mean_of_blocks(targets)
     rate = torch.where(inside > INSIDE, (1 - high) / inside.clamp_min(INSIDE), torch.zeros_like(inside))

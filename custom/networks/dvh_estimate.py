@@ -40,7 +40,9 @@ STRETCH = 2.0  # of the span between two metrics of a target, at most; and 1 / 2
 RANGE = 3.0  # standard deviations to which figures are cut
 LARGEST = 0.1  # of the prescription, by which no figure of a structure is changed
 FEWEST = 3  # patients with a structure, without whom nothing is learnt of it
-ODD = 1.5  # a patient farther from all others than this times what 95 % of them are is unlike them; half of it is free
+# Times the squared distance within which 95 % of the patients have another: so far a patient is believed, and at twice
+# that not at all.
+ODD = 1.5
 
 
 class StructureFigures(NamedTuple):

@@ -35,6 +35,7 @@ def grow(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     own = network.state_dict()
     taken = {}
+    generator = torch.Generator().manual_seed(0)  # the same in every process of a training on several devices
     kept = tuple(f"{name}." for name, module in network.named_modules() if getattr(module, "taken_whole", False)
                  and any(state.get(f"{name}.{key}", value).shape != value.shape
                          for key, value in module.state_dict().items()))
@@ -44,7 +45,7 @@ def grow(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if own[name].shape == value.shape:
             taken[name] = value
         elif _is_larger(own[name], value):
-            taken[name] = _widened(name, own[name], value)
+            taken[name] = _widened(name, own[name], value, generator)
     network.load_state_dict(taken, strict=False)
     for name, module in network.named_modules():
         new = isinstance(module, ResidualBlock) and not any(f"{name}.{key}" in taken for key in module.state_dict())
@@ -60,7 +61,7 @@ def _is_larger(own: Tensor, value: Tensor) -> bool:
     return all(a >= b for a, b in zip(own.shape[:2], value.shape[:2]))
 
 
-def _widened(name: str, own: Tensor, value: Tensor) -> Tensor:
+def _widened(name: str, own: Tensor, value: Tensor, generator: torch.Generator) -> Tensor:
     layer = name.rpartition(".")[0]
     if own.ndim > 1 and own.shape[1] > value.shape[1]:
         if layer.endswith(ENTRANCES):
@@ -68,7 +69,7 @@ def _widened(name: str, own: Tensor, value: Tensor) -> Tensor:
             wide[:, : value.shape[1]] = value
             value = wide
         else:
-            value = _shared_inputs(value, own.shape[1])
+            value = _shared_inputs(value, own.shape[1], generator)
     if own.shape[0] > value.shape[0] and layer.endswith(EXITS):
         tall = own.new_zeros((own.shape[0], *value.shape[1:]))
         tall[: value.shape[0]] = value
@@ -85,10 +86,10 @@ def _copied(channels: int, former: int) -> Tensor:
     return torch.arange(channels) % former
 
 
-def _shared_inputs(weight: Tensor, channels: int) -> Tensor:
+def _shared_inputs(weight: Tensor, channels: int, generator: torch.Generator) -> Tensor:
     """``weight`` (out, in, ...) for ``channels`` inputs, copies of the former, whose shares add up to the former's."""
     source = _copied(channels, weight.shape[1])
     shape = (weight.shape[0], channels, *[1] * (weight.ndim - 2))
-    share = torch.rand(shape).to(weight) + 0.5
+    share = torch.rand(shape, generator=generator).to(weight) + 0.5
     total = share.new_zeros((shape[0], weight.shape[1], *shape[2:])).index_add_(1, source, share)
     return weight[:, source] * share / total[:, source]

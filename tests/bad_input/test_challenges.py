@@ -71,7 +71,7 @@ REFUSED_FOLDERS = {
     "no mask of possible dose": (lambda f: (f / "possible_dose_mask.csv").unlink(), "possible_dose_mask.csv: there is"),
     "empty mask of possible dose": (replace("possible_dose_mask.csv", ",data\n"), "possible_dose_mask.csv: no voxel"),
     "target outside the mask": (append("PTV70.csv", "".join(f"{n},\n" for n in range(9))), "PTV_7000 lies outside"),
-    "empty target": (replace("PTV70.csv", ",data\n"), "prescription for 'PTV_7000'|PTV_7000|empty"),
+    "empty target": (replace("PTV70.csv", ",data\n"), "PTV_7000 has no voxel.*delete the file"),
     "no target": (lambda f: (f / "PTV70.csv").unlink(), "no target.*roi_map"),
     "CT without the offset": (lambda f: (f / "ct.csv").write_text(
         (f / "ct.csv").read_text().replace("1024.0", "3000.0")), "ct.csv: .*not in Hounsfield units"),

@@ -6,6 +6,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from pydicom.uid import generate_uid
 
 from custom.case import CaseError, Site, Technique
 from custom.io import find_cases, read_case, write_rtdose
@@ -66,6 +67,47 @@ def test_plan_gives_beams_and_reference_dose_comes_along(tmp_path):
     assert references["PatientName"] == "Doe^Jane" and references["RTPlanSOPInstanceUID"] == study.plan
     assert case.dose_grid.same_as(coarse)
     np.testing.assert_allclose(case.dose_gy[:22, 5, 5], np.arange(22) / 2, atol=1e-5)
+
+
+def test_dose_of_another_plan_in_the_folder_is_no_reference(tmp_path):
+    study, _ = head_and_neck(tmp_path)
+    study.write_plan(FIELDS)
+    references = read_case(tmp_path).source["references"]
+    own, study.plan, study.structures = study.plan, generate_uid(), generate_uid()
+    study.write_plan(FIELDS, name="other.dcm")
+    grid = oriented_grid()
+    write_rtdose(tmp_path / "RD.dcm", np.ones(grid.shape), grid, {**references, "RTPlanSOPInstanceUID": study.plan})
+    case = read_case(tmp_path)
+    assert case.source["references"]["RTPlanSOPInstanceUID"] == own and case.dose_gy is None
+    assert any("RD.dcm: of another RTPLAN" in note for note in case.source["notes"])
+
+
+def test_targets_of_the_plan_whose_names_no_name_can_be_made_of(tmp_path):
+    study, _ = head_and_neck(tmp_path)
+    target = {"DoseReferenceType": "TARGET", "DoseReferenceStructureType": "VOLUME"}
+    rois = {"Body": box((1, 1), (20, 18), range(12))}
+    rois |= {name: box((5.5, 5.5), (9.5 + n, 8.5), range(3, 8)) for n, name in enumerate(["肿瘤", "P (1)", "P [1]"])}
+    study.write_structures(rois, SpecificCharacterSet="ISO_IR 192")
+    study.write_plan(FIELDS, prescription=[{**target, "TargetPrescriptionDose": gy, "ReferencedROINumber": number}
+                                           for number, gy in ((2, 70), (3, 60), (4, 50))])
+    case = read_case(tmp_path)
+    assert case.prescription_gy == {"ROI_2": 70.0, "P_1": 60.0, "P_1_4": 50.0}
+    volumes = [int(case.masks[name].sum()) for name in case.prescription_gy]
+    assert volumes[0] < volumes[1] < volumes[2]
+
+
+def test_structures_two_folders_away_from_their_ct(tmp_path):
+    study, hu = head_and_neck(tmp_path / "P" / "StudyCT")
+    first = (tmp_path / "P" / "StudyCT" / "RS.dcm")
+    for name in "AB":
+        place = tmp_path / "P" / "StudyRT" / name
+        place.mkdir(parents=True)
+        (place / "rs.dcm").write_bytes(first.read_bytes())
+    first.unlink()
+    cases = find_cases(tmp_path)
+    assert [path.parent.name for path in cases] == ["A", "B"]
+    for path in cases:
+        np.testing.assert_array_equal(read_case(path).ct_hu, hu)
 
 
 def test_prescription_of_the_plan_then_the_user(tmp_path):

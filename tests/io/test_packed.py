@@ -55,6 +55,29 @@ def test_command_packs_a_folder_and_keeps_its_parts(case, tmp_path):
     assert [p.stat().st_mtime_ns for p in found] == before
 
 
+def test_command_packs_cases_of_one_name_and_goes_on_after_a_bad_one(case, tmp_path):
+    for name in ("p/images/one", "p/data/two", "q/three"):
+        write_packed(case, tmp_path / "in" / f"{name}.packed.npz")
+    twins = [tmp_path / "in" / name for name in ("one.x.packed.npz", "ONE.X.packed.npz")]
+    for twin in twins:
+        write_packed(case, twin)
+    (tmp_path / "in" / "bad.packed.npz").write_bytes(b"PK")
+    with pytest.raises(SystemExit, match="1 of 6 cases could not be packed"):
+        main([str(tmp_path / "in"), str(tmp_path / "out")])
+    assert len(find_cases(tmp_path / "out")) == 5
+
+
+def test_a_damaged_archive_does_not_hide_the_other_cases(case, tmp_path):
+    write_packed(case, tmp_path / "good.packed.npz")
+    np.savez_compressed(tmp_path / "bad.npz", np.zeros(9))
+    raw = bytearray((tmp_path / "bad.npz").read_bytes())
+    raw[raw.rindex(b"PK\x01\x02") + 1] ^= 255
+    (tmp_path / "bad.npz").write_bytes(raw)
+    assert [path.name for path in find_cases(tmp_path)] == ["bad.npz", "good.packed.npz"]
+    with pytest.raises(CaseError, match="bad.npz"):
+        read_case(tmp_path / "bad.npz")
+
+
 def test_what_was_settled_by_packing_is_not_overruled_in_silence(case, tmp_path):
     write_packed(case, tmp_path / "a.packed.npz")
     with pytest.raises(CaseError, match="a.packed.npz: .*prescription_gy, technique"):

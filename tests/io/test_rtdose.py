@@ -189,6 +189,16 @@ def test_beam_doses_are_summed_and_fractions_multiplied(tmp_path):
             combine_doses(doses)
 
 
+def test_a_dose_of_a_plan_that_is_not_there_is_told(tmp_path):
+    grid = oriented_grid()
+    for name, plan in (("a", "1.2.3"), ("b", "1.2.4")):
+        write_rtdose(tmp_path / name, np.ones(grid.shape), grid, {**REFERENCES, "RTPlanSOPInstanceUID": plan})
+    own, other = (read_rtdose(tmp_path / name) for name in "ab")
+    assert combine_doses([own], "1.2.3")[1] == []
+    assert "other plans left out" in combine_doses([own, other], "1.2.3")[1][0]
+    assert "no RTDOSE refers to the RTPLAN" in combine_doses([other], "1.2.3")[1][0]
+
+
 def test_uids_are_fresh_and_valid(tmp_path):
     grid = oriented_grid()
     written = []

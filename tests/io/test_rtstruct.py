@@ -115,3 +115,9 @@ def test_rt_utils_engine_reads_the_same_place_half_a_pixel_larger(tmp_path):
     np.testing.assert_array_equal(case.masks["PTV_7000"], theirs)
     with pytest.raises(CaseError, match="square"):
         rt_utils_mask(structures, structures.rois[0], ct.files, oriented_grid())
+
+
+def test_planes_midway_between_slices_all_go_the_same_way():
+    notes: list[str] = []
+    mask = rasterise(roi(box((2.5, 2.5), (6.5, 6.5), [0.5, 1.5, 2.4999999, 3.5])), GRID, notes)
+    assert mask.sum(axis=(0, 1)).tolist()[:5] == [0, 16, 16, 16, 16] and "0.50 slice distances" in notes[0]
