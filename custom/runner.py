@@ -78,15 +78,22 @@ def message_of(error: BaseException | None) -> str | None:
 
 
 def check_arguments(argv: Sequence[str]) -> None:
-    """Check the keys on the runner's command line, and those of every config file but the first.
+    """Check the keys on the runner's command line and in its file of arguments, and those of every config but the first.
 
     Args:
         argv: what follows ``python -m monai.bundle``.
 
     Raises:
-        CaseError: naming the key, where it stands and the nearest one that is known.
+        CaseError: naming the key, where it stands and the nearest one that is known; or a key that is None, which the
+            runner takes for not given.
     """
     options = dict(_options(argv))
+    none = [key for key, value in options.items() if value is None]
+    if none:
+        raise CaseError(f"--{none[0]} None: MONAI's runner leaves out what is None; expected a value. To set a key to "
+                        f"None write --{none[0]} '$None'")
+    if "args_file" in options:
+        options = {**ConfigParser.load_config_file(str(options["args_file"])), **options}
     files = options.get("config_file", [])
     files = [files] if isinstance(files, str) else list(files)
     layers = [(str(name), ConfigParser.load_config_file(name)) for name in files]
@@ -94,7 +101,7 @@ def check_arguments(argv: Sequence[str]) -> None:
     entries = {str(options.get(name, "")) for name in ("run_id", "init_id", "final_id")}
     entries |= {word for word in argv[1:2] if not word.startswith("-")}
     layers.append(("the command line", {key: value for key, value in options.items() if key not in own}))
-    if len(layers) < 2 or "args_file" in options:
+    if len(layers) < 2:
         return
     unknown = unknown_keys([layer for _, layer in layers], entries)
     for (place, _), keys in zip(layers, unknown, strict=True):

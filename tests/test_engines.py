@@ -76,6 +76,12 @@ def test_update_is_one_weighted_clipped_step():
     assert network.weight.item() == pytest.approx(1 + 0.1 * 0.5, rel=1e-4)
 
 
+def test_number_formats_that_would_lose_gradients_are_refused():
+    for dtype in ("float16", "bf16"):
+        with pytest.raises(CaseError, match=f"autocast_dtype '{dtype}'; expected 'bfloat16' or None"):
+            engines.ObjectiveUpdate(lambda network, batch: {}, autocast_dtype=dtype)
+
+
 def test_batch_transform_sees_each_batch():
     network = one_weight()
     trainer = make_trainer(network, torch.optim.SGD(network.parameters(), lr=0.0), [], epochs=1,

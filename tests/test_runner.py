@@ -68,6 +68,27 @@ def test_the_command_line_is_checked_against_the_files(tmp_path):
         check_arguments(["run", "go", "--config_file", both])
 
 
+def test_a_file_of_arguments_is_checked_with_the_command_line(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(BASE))
+    arguments = {"run_id": "go", "config_file": str(tmp_path / "a.json"), "dose_grid": 2}
+    (tmp_path / "args.json").write_text(json.dumps(arguments))
+    command = ["run", "--args_file", str(tmp_path / "args.json")]
+    check_arguments([*command, "--dose_grid", "3"])
+    with pytest.raises(CaseError, match="unknown key 'dose_gird'"):
+        check_arguments([*command, "--dose_gird", "3"])
+    (tmp_path / "args.json").write_text(json.dumps(arguments | {"num_step": 2}))
+    with pytest.raises(CaseError, match="unknown key 'num_step'"):
+        check_arguments(command)
+
+
+def test_what_the_runner_would_leave_out_is_told(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(BASE))
+    command = ["run", "go", "--config_file", str(tmp_path / "a.json"), "--dose_grid"]
+    check_arguments([*command, "$None"])
+    with pytest.raises(CaseError, match=r"--dose_grid None.*write --dose_grid '\$None'"):
+        check_arguments([*command, "None"])
+
+
 def documented_commands() -> list[str]:
     """Every ``monai.bundle run`` of the README and the docs, continuation lines joined."""
     pages = [ROOT / "README.md", *sorted((ROOT / "bundle" / "docs").glob("*.md"))]

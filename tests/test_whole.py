@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import signal
 import subprocess
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from custom.whole import whole_file, write_whole
+from custom.whole import whole_file, write_json, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,3 +47,11 @@ def test_a_kill_leaves_the_older_file_and_the_next_run_clears_up(tmp_path):
     assert path.read_text() == "one" and len(list(tmp_path.iterdir())) == 2
     write_whole(path, "two")
     assert path.read_text() == "two" and [p.name for p in tmp_path.iterdir()] == ["b.json"]
+
+
+def test_json_has_null_for_what_is_no_number(tmp_path):
+    record = {"a": [1.0, math.nan, (math.inf, "x")], "b": {"c": -math.inf, "d": True, "e": None}}
+    write_json(tmp_path / "r.json", record)
+    text = (tmp_path / "r.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    assert json.loads(text) == {"a": [1.0, None, [None, "x"]], "b": {"c": None, "d": True, "e": None}}

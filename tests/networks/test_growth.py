@@ -101,6 +101,16 @@ def test_copies_of_a_channel_learn_apart(image):
 
 
 @torch.no_grad()
+def test_every_process_grows_the_same_network():
+    state, grown = network().state_dict(), []
+    for seed in (1, 2):
+        large = network(widths=(16, 32))
+        torch.manual_seed(seed)  # each process of a training has one of its own
+        grow(large, state)
+        grown.append(large.state_dict())
+    assert all(torch.equal(value, grown[1][name]) for name, value in grown[0].items())
+
+
 def test_narrower_levels_keep_their_own_start():
     narrow, before = network(widths=(6, 16)), network(widths=(6, 16)).state_dict()
     taken = grow(narrow, network().state_dict())
