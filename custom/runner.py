@@ -78,7 +78,7 @@ def message_of(error: BaseException | None) -> str | None:
 
 
 def check_arguments(argv: Sequence[str]) -> None:
-    """Check the keys on the runner's command line and in its file of arguments, and those of every config but the first.
+    """Check the keys on the command line and in the file of arguments, and those of every config file but the first.
 
     Args:
         argv: what follows ``python -m monai.bundle``.
