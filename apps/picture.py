@@ -91,7 +91,7 @@ def draw(case: Case, dose_gy: np.ndarray) -> Image.Image:
     upper.legend(handles=keys, title=f"of {case.highest_prescription_gy:g} Gy", loc="outside right center",
                  fontsize=8, title_fontsize=8, handlelength=1.4)
     _draw_dvh(lower.subplots(), record)
-    return _rendered(figure, f"{case.name}: a synthetic patient. {BANNER}")
+    return _rendered(figure, f"{case.name}. {BANNER}")
 
 
 def draw_worst(predictions: Sequence[tuple[Case, np.ndarray]], note: str) -> Image.Image:

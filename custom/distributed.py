@@ -161,6 +161,7 @@ class ShareOfCases:
         Cases that cannot be predicted are written to ``failed_<rank>.json`` rather than raised, since an exit code
         would make ``torchrun`` end the other workers.
         """
+        self.output_dir.mkdir(parents=True, exist_ok=True)  # the list of failures goes there, also where no dose does
         self.failures_file.unlink(missing_ok=True)
         if not self.cases:
             return

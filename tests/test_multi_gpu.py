@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from custom.batch import BatchError, Failure
 from custom.case import CaseError
 from custom.distributed import ShareOfCases, share_of, start
 from custom.phantom import make_case, with_dose, write_study
@@ -74,6 +76,18 @@ def test_a_case_that_killed_its_worker_is_tried_last(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     finish(tmp_path, "case_0")
     assert names(ShareOfCases(cases, tmp_path)) == ["case_2", "case_3", "case_1"]
+
+
+def test_a_share_whose_cases_all_fail_is_written_down(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    share = ShareOfCases([{"image": "a"}, {"image": "b"}], tmp_path / "out")
+
+    def fail() -> None:
+        raise BatchError("all failed")
+
+    share.run(SimpleNamespace(run=fail, failures=[Failure("b", "no prescription")]))
+    assert "no prescription" in (tmp_path / "out" / "failed_1.json").read_text()
 
 
 def test_a_share_without_cases_is_no_error(tmp_path, monkeypatch):

@@ -318,6 +318,9 @@ def test_files_repeat_byte_for_byte(tmp_path):
 
     first = digests(tmp_path / "a")
     assert first == digests(tmp_path / "b") and len(first) == 12 + 2  # no dose, no RTDOSE
+    (tmp_path / "b" / "RTDOSE.dcm").touch()  # of an earlier call for a longer patient with a dose
+    (tmp_path / "b" / "CT" / "CT_013.dcm").touch()
+    assert digests(tmp_path / "b") == first
 
 
 def test_objects_refer_to_each_other(studies):

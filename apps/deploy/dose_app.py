@@ -73,15 +73,16 @@ def find_bundle(model_path: Path) -> Path:
     Raises:
         CaseError: when there are several.
     """
-    candidates = [model_path, *sorted(p for p in model_path.glob("*") if p.is_dir()), Path(bundle_root())]
-    found = [path for path in candidates if (path / "configs" / "metadata.json").is_file()]
+    model_path = model_path.resolve()
+    candidates = [model_path, *sorted(p for p in model_path.glob("*") if p.is_dir()), Path(bundle_root()).resolve()]
+    found = [path for path in dict.fromkeys(candidates) if (path / "configs" / "metadata.json").is_file()]
     if not found:
         raise CaseError(f"{model_path}: no bundle there; expected configs/metadata.json and models/model.pt. "
                         "Give the bundle's folder with -m")
     inside = [path for path in found if path.parent == model_path]
     if found[0] != model_path and len(inside) > 1:
         raise CaseError(f"{model_path}: several bundles ({', '.join(p.name for p in inside)}); give the one to use")
-    return found[0].resolve()
+    return found[0]
 
 
 def read_options(text: str) -> dict[str, object]:

@@ -19,6 +19,7 @@ from monai.deploy.core import Fragment, Operator, OperatorSpec
 from monai.deploy.core.domain.dicom_series_selection import StudySelectedSeries
 
 from custom.case import CaseError, Keys
+from custom.io.course import case_name
 
 __all__ = ["RTDoseWriterOperator", "StructureMasksOperator", "bundle_config"]
 
@@ -76,7 +77,7 @@ class StructureMasksOperator(Operator):
                 (study / f"{n:05d}.dcm").symlink_to(path)
             data = dict(preprocessing({Keys.IMAGE: str(study)}))
         case = data[Keys.CASE]
-        data[Keys.CASE] = replace(case, source={**case.source, "path": str(folder)})
+        data[Keys.CASE] = replace(case, name=case_name(folder), source={**case.source, "path": str(folder)})
         return data
 
 

@@ -139,11 +139,13 @@ def add_studies(studies: Path, dicom: Path) -> list[Path]:
     """
     added = []
     for path in find_cases(dicom):
+        if path.is_file():
+            raise CaseError(f"{path}: expected a folder with one CT and one RTSTRUCT a study; keep the one to show")
         case = read_case(path)
         folder, volume = studies / case.name, studies / f"{case.name}.nii.gz"
         if folder.exists() or volume.exists():
             raise CaseError(f"{folder}: there is a study of this name; remove it first, or rename {path}")
-        shutil.copytree(path if path.is_dir() else path.parent, folder)
+        shutil.copytree(path, folder)
         write_nifti(volume, case.ct_hu, case.grid, "CT in HU")
         added.append(volume)
     return added

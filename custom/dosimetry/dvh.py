@@ -150,7 +150,7 @@ def cumulative_dvh(
         mask: boolean ``[i, j, k]``.
         voxel_cc: volume of one voxel in cm^3.
         step_gy: distance between the doses of the histogram.
-        stop_gy: last dose; by default the first step above the structure's maximum.
+        stop_gy: last dose; by default one or two steps above the structure's maximum.
 
     Raises:
         CaseError: arrays of different shape, or a mask without voxels.

@@ -233,7 +233,7 @@ def _side(structure: str, case: Case) -> Region | None:
     centre = _centre_mm(target, case)
     sides.sort(key=lambda side: float(np.linalg.norm(_centre_mm(side, case) - centre)))
     side = sides[0 if wanted == "Ipsi" else 1]
-    return Region(f"{structure} ({side.name})", side.box, side.mask, side.prescription_gy)
+    return replace(side, name=f"{structure} ({side.name})")
 
 
 def _centre_mm(region: Region, case: Case) -> np.ndarray:

@@ -3,8 +3,8 @@
 A U-Net in windows of a quarter of a metre errs on a large scale: averaged over blocks of 60 x 60 x 40 mm, half of its
 error is still there, since how much dose each beam carries is decided by the whole patient. A perceptron for each voxel
 sees that: the three plans, blurred over up to 25 mm, the voxel's place relative to the targets, and means over the
-patient. What both say is averaged at half resolution. Asked about single voxels the perceptrons, though taught by
-blocks, know what is finer than a block better than the U-Net, and the mean of both is better still.
+patient. What both say is averaged at half resolution. Asked about single voxels the perceptrons know what is finer
+than a block better than the U-Net, even taught by blocks alone, and the mean of both is better still.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class BroadBranch(nn.Module):
             "plan_prior", "plan_prior_coverage", "plan_prior_sparing", "beam_high", "beam_low", "prescription",
             "body", "ct",
         ),
-        scales_mm: Sequence[float] = (12.0, 25.0),
+        scales_mm: Sequence[float] = (12.0, 25.0, 5.0),
         width: int = 160,
         depth: int = 3,
         members: int = 6,

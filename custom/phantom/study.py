@@ -34,7 +34,7 @@ CROP_SHARE = 0.01
 def write_study(case: Case, out_dir: str | Path, *, patient_id: str, fluence: Plan | None = None) -> Path:
     """Write ``CT/*.dcm``, ``RTSTRUCT.dcm``, ``RTPLAN.dcm`` and, with ``case.dose_gy``, ``RTDOSE.dcm``.
 
-    The same case and patient id give the same bytes.
+    The same case and patient id give the same bytes; what an earlier call wrote there goes first.
 
     Args:
         case: on an axis-aligned grid, with a CT in whole HU from -1024.
@@ -54,6 +54,8 @@ def write_study(case: Case, out_dir: str | Path, *, patient_id: str, fluence: Pl
     if not 0 < len(patient_id) <= 16:
         raise CaseError(f"case {case.name}: patient id {patient_id!r}; expected 1 to 16 characters")
     out_dir, study = Path(out_dir), Study(patient_id)
+    for earlier in (*(out_dir / "CT").glob("CT_*.dcm"), *(out_dir / f"RT{k}.dcm" for k in ("STRUCT", "PLAN", "DOSE"))):
+        earlier.unlink(missing_ok=True)
     write_ct(case, study, out_dir / "CT")
     structures = write_rtstruct(case, study, out_dir / "CT", out_dir / "RTSTRUCT.dcm")
     plan = write_plan(case, study, structures, out_dir / "RTPLAN.dcm", fluence)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -94,9 +95,12 @@ def load_objectives(
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CaseError(f"{path}: expected {{'objectives': [rows of {Objective.__name__}]}}, found: {error}") from error
     for number, row in enumerate(found, 1):
-        if row.kind not in KINDS or (row.dose_gy is None) == (row.dose_share is None) or not row.weight > 0:
+        numbers = [value for value in (row.dose_gy, row.dose_share, row.weight) if value is not None]
+        sound = all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in numbers)
+        one_dose = (row.dose_gy is None) != (row.dose_share is None)
+        if row.kind not in KINDS or not one_dose or not sound or not row.weight > 0:
             raise CaseError(f"{path}, row {number}: wants kind {KINDS}, one of dose_gy and dose_share, and a positive "
-                            f"weight; found {row}")
+                            f"weight, as numbers; found {row}")
     return found
 
 

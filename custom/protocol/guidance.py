@@ -121,7 +121,7 @@ def guide_dose(dose_gy: Tensor, protocol: Protocol, strength: float, most_gy: fl
         most_gy: largest change of a voxel by one row.
 
     Returns:
-        ``(X, Y, Z)``, not negative, zero outside the body.
+        ``(X, Y, Z)``, not negative, unchanged outside the body.
     """
     dose_gy = dose_gy.detach().clone()
     nearest = _nearest_of_groups(dose_gy, protocol.rows)

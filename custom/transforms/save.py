@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import math
 import os
 import shutil
 import socket
@@ -134,7 +135,8 @@ class SaveImageRTDosed(SaveImaged):
                  dose_grid: str | float = "ct", files: Sequence[str] = ("rtdose", "nifti", "report", "csv"),
                  model: Mapping[str, object] | None = None, constraints: str | Path | None = None) -> None:
         super().__init__(keys, output_dir=output_dir, print_log=False)
-        if dose_grid not in ("ct", "plan") and not isinstance(dose_grid, (int, float)):
+        is_size = isinstance(dose_grid, (int, float)) and not isinstance(dose_grid, bool) and 0 < dose_grid < math.inf
+        if dose_grid not in ("ct", "plan") and not is_size:
             raise CaseError(f"dose_grid: found {dose_grid!r}; expected 'ct', 'plan' or a voxel size in mm")
         self.output_dir, self.dose_grid, self.files, self.model = Path(output_dir), dose_grid, set(files), model
         self.constraints = load_constraints(constraints)
@@ -238,10 +240,12 @@ def _remove_orphans(folder: Path, prefix: str) -> None:
 
 
 def _is_orphan(owner: str) -> bool:
-    """Whether the process of a name ``<pid>`` or ``<pid>.old`` has ended."""
+    """Whether the process of a name ``<pid>`` or ``<pid>.old`` has ended, as one of our own number has."""
     pid = owner.split(".")[0]
-    if not pid.isdigit() or int(pid) == os.getpid():
+    if not pid.isdigit():
         return False
+    if int(pid) == os.getpid():  # a container starts anew with the same numbers
+        return True
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:

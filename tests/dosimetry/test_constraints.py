@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -160,5 +161,8 @@ def test_levels_crops_and_sides(case):
     assert not (one("Body-PTV", case) & case.target_mask()).any()
     assert (one("Parotid_Ipsi", case) == case.masks["Parotid_L"]).all()
     assert (one("Parotid_Contra", case) == case.masks["Parotid_R"]).all()
+    fine = case.grid, case.masks["Parotid_R"]
+    told = replace(case, source={**case.source, "fine_masks": {"Parotid_R": fine}})
+    assert regions("Parotid_Contra", told)[0].fine is regions("Parotid_R", told)[0].fine is fine
     assert regions("Glnd_Submand_Ipsi-PTV", case) == [] and regions("Lungs-GTV", case) == []
     assert (one("Parotids", case) == case.masks["Parotid_L"] | case.masks["Parotid_R"]).all()

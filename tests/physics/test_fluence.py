@@ -135,6 +135,8 @@ def test_the_bundles_objectives_are_read():
     ('{"objectives": [{"structure": "Body", "kind": "max", "weight": 0, "dose_gy": 5}]}', "row 1: .*positive"),
     ('{"objectives": [{"structure": "Body", "kind": "max", "wait": 1}]}', "wait"),
     ('{"rows": []}', "expected {'objectives'"),
+    ('{"objectives": [{"structure": "Body", "kind": "max", "weight": "5", "dose_gy": 3}]}', "row 1.*as numbers"),
+    ('{"objectives": [{"structure": "Body", "kind": "max", "weight": 5, "dose_gy": "3"}]}', "row 1.*as numbers"),
     ("not JSON", "expected {'objectives'"),
 ])
 def test_objectives_that_cannot_be_read_are_named(tmp_path, text, message):

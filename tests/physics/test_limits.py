@@ -97,6 +97,9 @@ def test_a_row_with_a_plan_weight_is_an_objective_of_its_own():
         own_objectives([row | {"structure": "SpinalCord_Ipsi"}])
     with pytest.raises(CaseError, match="drawn structure"):
         own_objectives([row | {"structure": "Ring(PTV, 5, 10)"}])
+    for derived in ("Lungs", "Parotids", "SpinalCord_PRV05", "PTV_Mid"):
+        with pytest.raises(CaseError, match=f"{derived}: plan_weight wants a drawn structure"):
+            own_objectives([row | {"structure": derived}])
 
 
 def test_plan_weight_is_checked_and_reaches_the_planner(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import socket
 import subprocess
 from pathlib import Path
@@ -76,6 +77,22 @@ def test_what_a_killed_run_left_is_removed_and_what_it_put_aside_comes_back(tmp_
         raise RuntimeError
     assert {p.name for p in tmp_path.iterdir()} == {"one", alive.name, elsewhere.name}
     assert (tmp_path / "one" / "dose.txt").read_text() == "older"
+
+
+def test_what_a_process_of_the_same_number_left_is_removed(tmp_path):
+    """As in a container that is started anew."""
+    part = tmp_path / f".one.part.{socket.gethostname()}.{os.getpid()}"
+    part.mkdir()
+    Path(f"{part}.old").mkdir()
+    with whole_folder(tmp_path / "one") as folder:
+        (folder / "dose.txt").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["one"] and (tmp_path / "one" / "dose.txt").read_text() == "new"
+
+
+@pytest.mark.parametrize("dose_grid", [0, -2.5, True, float("nan"), float("inf"), "rtdose"], ids=str)
+def test_grids_that_are_none_are_refused_before_the_run(tmp_path, dose_grid):
+    with pytest.raises(CaseError, match="dose_grid: found"):
+        SaveImageRTDosed(output_dir=tmp_path, dose_grid=dose_grid)
 
 
 def test_results_of_another_kind_do_not_stay_beside_new_ones(tmp_path):
