@@ -103,9 +103,9 @@ def table(found: Mapping[str, Mapping[str, Mapping]]) -> str:
             cells = [variant, inferer, f"{scores['dose_score']:.3f}", f"{scores['dvh_score']:.3f}",
                      _difference(scores, other, "dose_errors_gy", 3)]
             if "constraints_met_percents" in scores:
-                cells += [f"{scores['constraints_met_percent']:.1f}",
-                          f"{scores['reference_constraints_met_percent']:.1f}",
-                          _difference(scores, other, "constraints_met_percents", 1)]
+                met = np.array([scores["constraints_met_percent"], scores["reference_constraints_met_percent"]], float)
+                cells += [f"{percent:.1f}" for percent in met]  # nan where JSON has null
+                cells.append(_difference(scores, other, "constraints_met_percents", 1))
             cells += [""] * (len(titles) - len(cells))
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

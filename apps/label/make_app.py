@@ -135,7 +135,7 @@ def add_studies(studies: Path, dicom: Path) -> list[Path]:
     """Copy every case below ``dicom`` to ``studies/NAME/`` and its CT, for the viewer, to ``studies/NAME.nii.gz``.
 
     Raises:
-        CaseError: what reading the case raises, or a study of that name is there.
+        CaseError: what reading the case raises, a case that is no folder of its own, or a study of that name is there.
     """
     added = []
     for path in find_cases(dicom):
