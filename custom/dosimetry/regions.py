@@ -210,13 +210,14 @@ def _skin(name: str, start_mm: float, stop_mm: float, case: Case) -> Region | No
 
 
 def _eroded(mask: np.ndarray, depth_mm: float, spacing_mm: np.ndarray) -> np.ndarray:
-    """Voxels without any outside voxel centre within the depth; beyond the array's k ends counts as inside."""
-    reach = np.floor(depth_mm / spacing_mm).astype(int)
+    """Voxels whose centre lies deeper below the mask's faces; beyond the array's k ends counts as inside."""
+    reach = np.floor(depth_mm / spacing_mm + 0.5).astype(int)
     padded = np.pad(mask, [(reach[0],) * 2, (reach[1],) * 2, (0, 0)])
     padded = np.pad(padded, [(0, 0), (0, 0), (reach[2],) * 2], mode="edge")
     out = mask.copy()
     offsets = np.stack(np.meshgrid(*[np.arange(2 * r + 1) for r in reach], indexing="ij"), axis=-1).reshape(-1, 3)
-    near = (((offsets - reach) * spacing_mm) ** 2).sum(axis=1) <= depth_mm**2
+    to_face_mm = np.clip(np.abs(offsets - reach) - 0.5, 0, None) * spacing_mm
+    near = (to_face_mm**2).sum(axis=1) <= depth_mm**2
     for i, j, k in offsets[near]:
         out &= padded[i : i + mask.shape[0], j : j + mask.shape[1], k : k + mask.shape[2]]
     return out

@@ -155,6 +155,16 @@ def test_skin_is_a_shell_without_the_ends_of_the_scan(case):
     assert skin[2:5, 20, 10].all() and not skin[5, 20, 10] and skin[20, 35:38, 0].all() and not skin[20, 20, 0]
 
 
+@pytest.mark.parametrize("edge_mm, layers", [(1.0, 3), (2.0, 2), (4.0, 1), (5.5, 1), (7.0, 0)])
+def test_skin_is_measured_from_the_surface_on_coarse_grids_too(case, edge_mm, layers):
+    grid = Grid.axis_aligned((40, 40, 8), (edge_mm, edge_mm, 3.0))
+    body = np.zeros(grid.shape, dtype=bool)
+    body[5:35, 5:35] = True
+    found = regions("Skin(0, 3)", replace(case, grid=grid, masks={BODY: body, "PTV": body}, prescription_gy={"PTV": 70.0}))
+    depth = int(found[0].mask[:, 15, 4][:15].sum()) if found else 0
+    assert depth == layers, "the centre of a layer's voxels lies half an edge below the surface"
+
+
 def test_levels_crops_and_sides(case):
     assert (one("PTV_High", case) == case.masks["PTV_7000"]).all()
     assert regions("PTV_Mid", case) == [] and regions("PTV_Low", case)[0].prescription_gy == 56
