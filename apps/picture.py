@@ -25,7 +25,8 @@ from PIL import Image
 from scipy import ndimage
 
 from custom.case import BODY, Case, CaseError
-from custom.io import read_case
+from custom.io import find_cases, read_case
+from custom.io.course import case_name
 from custom.report import BANNER, make_report
 from custom.report_pictures import ISODOSE_LINES, draw_views
 
@@ -48,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         picture = draw(read_case(options.case), _dose(options.results))
     else:
         ranked = ranking(options.results / "metrics.csv")
-        cases = {name: read_case(options.case / name) for name in ranked[: options.worst]}
+        paths = {case_name(path): path for path in find_cases(options.case)}
+        cases = {name: read_case(paths[name]) for name in ranked[: options.worst]}
         note = f"The {len(cases)} of {len(ranked)} cases with the largest dose error"
         picture = draw_worst([(case, _dose(options.results / name)) for name, case in cases.items()], note)
     picture.save(options.picture, optimize=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,7 +47,10 @@ def _demonstrate(options: argparse.Namespace) -> None:
     studies, name = options.out / "data", DEMO_NAMES[Site.HEAD_NECK]
     shape = ["--shape", *map(str, options.shape)] if options.shape else []
     if not (studies / name).is_dir():
-        write_phantom([str(studies), "--site", Site.HEAD_NECK, *shape])
+        studies.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=studies, prefix=".") as part:  # interrupted, it leaves no half study
+            write_phantom([part, "--site", Site.HEAD_NECK, *shape])
+            (Path(part) / name).rename(studies / name)
     results = options.out / "results"
     run(run_id="inference", config_file=str(config), dataset_dir=str(studies / name), output_dir=str(results))
     # Not logged: MONAI's runner sets up logging of its own and silences this logger.

@@ -111,9 +111,10 @@ def test_the_worst_cases_are_found_and_drawn(tmp_path):
     for seed, error_gy in ((3, 1.0), (4, 9.0)):
         case = make_case("HeadNeck", seed, shape=(40, 40, 20))
         dose = np.where(case.body, 30.0, 0.0).astype(np.float32)
-        write_study(with_dose(case, dose), cases / f"pt_{seed}", patient_id="ID")
+        folder = cases / ("validation-pats" if seed == 4 else "") / f"pt_{seed}"  # at any depth
+        write_study(with_dose(case, dose), folder, patient_id="ID")
         (results / f"pt_{seed}").mkdir(parents=True)
-        read = read_case(cases / f"pt_{seed}")
+        read = read_case(folder)
         write_nifti(results / f"pt_{seed}" / "dose.nii.gz", (30.0 + error_gy) * read.body, read.grid, "dose")
         lines.append(f"pt_{seed},{error_gy},")
     (results / "metrics.csv").write_text("\n".join([*lines, "mean,5,", "std,4,"]))

@@ -160,7 +160,8 @@ def test_skin_is_measured_from_the_surface_on_coarse_grids_too(case, edge_mm, la
     grid = Grid.axis_aligned((40, 40, 8), (edge_mm, edge_mm, 3.0))
     body = np.zeros(grid.shape, dtype=bool)
     body[5:35, 5:35] = True
-    found = regions("Skin(0, 3)", replace(case, grid=grid, masks={BODY: body, "PTV": body}, prescription_gy={"PTV": 70.0}))
+    coarse = replace(case, grid=grid, masks={BODY: body, "PTV": body}, prescription_gy={"PTV": 70.0})
+    found = regions("Skin(0, 3)", coarse)
     depth = int(found[0].mask[:, 15, 4][:15].sum()) if found else 0
     assert depth == layers, "the centre of a layer's voxels lies half an edge below the surface"
 

@@ -81,3 +81,37 @@ def test_voxels_are_drawn_with_what_belongs_to_them(case):
         row = {tuple(v.tolist()): r for v, r in zip(variant["voxels"].float(), variant["residual"].float().tolist())}
         assert all(row[tuple(v.tolist())] == r for v, r in zip(drawn["voxels"], drawn["residual"].tolist()))
         assert torch.equal(drawn["patient"], variant["patient"])
+
+
+def test_kept_samples_are_the_same_and_are_not_made_again(case, tmp_path, monkeypatch):
+    options = {"ct_prob": 0.5, "organ_prob": 0.5, "single_voxels": 1.0, "most_blocks": 9}
+    fresh, kept = variants(case, **options), variants(case, **options, folder=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1 and len(fresh[0]["weight"]) == 18
+    with monkeypatch.context() as patched:
+        patched.setattr(BroadSamplesd, "_sample", None)
+        again = variants(case, **options, folder=tmp_path)
+    for a, b, c in zip(fresh, kept, again):
+        assert a["less"] == b["less"] == c["less"]
+        keys = [key for key in a if key != "less"]
+        assert all(torch.equal(a[key], b[key]) and torch.equal(a[key], c[key]) for key in keys)
+    other = {**case, "label": case["label"] * 0.5}
+    variants(other, **options, folder=tmp_path)
+    variants(case, **options, seed=1, folder=tmp_path)
+    branch = BroadBranch(SPATIAL, CONTEXT, width=4, members=1, scales_mm=(7.0,))
+    BroadSamplesd(branch, SPATIAL, CONTEXT, **options, folder=tmp_path)(case)
+    assert len(list(tmp_path.iterdir())) == 4, "another dose, seed or feature has another file"
+
+
+def test_samples_that_could_not_be_made_leave_no_file(case, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "save", lambda data, path: (path.write_bytes(b"half"), 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        variants(case, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_fewer_blocks_are_drawn_from_all(case):
+    every, few = variants(case), variants(case, most_blocks=10)
+    assert [len(v["weight"]) for v in few] == [10] * 4
+    rows = {tuple(row) for row in torch.cat([every[0]["voxels"], every[0]["residual"][:, None]], dim=1).tolist()}
+    assert {tuple(r) for r in torch.cat([few[0]["voxels"], few[0]["residual"][:, None]], dim=1).tolist()} <= rows
+    assert torch.equal(few[0]["patient"], every[0]["patient"])
