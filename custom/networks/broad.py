@@ -26,6 +26,13 @@ WANTED = ("plan_prior", "prescription", "body")
 SPACING = ("spacing_x", "spacing_y", "spacing_z")
 SPACING_UNIT_MM = 4.0  # of the context's spacing_x, ...
 PLACE_UNIT_MM = 50.0
+SLOPE_UNIT_MM = 10.0
+SLOPED = (  # each a sum of channels
+    {"plan_prior": 1.0},
+    {"prescription": 1.0},
+    {"plan_prior_coverage": 1.0, "plan_prior_sparing": -1.0},
+    {"beam_low": 1.0},
+)
 FAR = 1e3  # in that unit, where there are no targets
 HALF = 0.5  # of the highest prescription: a voxel above it belongs to the targets
 HIGHEST = 0.95
@@ -65,6 +72,8 @@ class BroadBranch(nn.Module):
             ``body`` and the three ``spacing_`` must be among them.
         blurred: channels that are also given as means over a neighbourhood; absent ones are left out.
         scales_mm: standard deviations of these neighbourhoods (Gaussian).
+        beam_scales_mm: the same for the dose of each beam.
+        slope_scales_mm: which of ``scales_mm`` also give the slopes of four means (``SLOPED``) along the three axes.
         width, depth, members, patient_width, patient_dropout: see :class:`PerceptronEnsemble`.
         fine_members: so many of the members, evenly chosen, also tell the dose of single voxels; it is mixed with the
             U-Net's before the blocks' means are set. 0 leaves what is finer than a block to the U-Net.
@@ -85,6 +94,8 @@ class BroadBranch(nn.Module):
             "body", "ct",
         ),
         scales_mm: Sequence[float] = (12.0, 25.0, 5.0),
+        beam_scales_mm: Sequence[float] = (),
+        slope_scales_mm: Sequence[float] = (),
         width: int = 160,
         depth: int = 3,
         members: int = 6,
@@ -109,10 +120,17 @@ class BroadBranch(nn.Module):
         self.blurred = [spatial.index(name) for name in blurred if name in spatial]
         self.beams = beam_channels(spatial)  # the first features of a voxel are the spatial channels
         self.scales_mm, self.spatial_channels = tuple(scales_mm), len(spatial)
+        self.beam_scales_mm, self.slope_scales_mm = tuple(beam_scales_mm), tuple(slope_scales_mm)
+        apart = sorted(set(self.slope_scales_mm) - set(self.scales_mm))
+        if apart:
+            raise CaseError(f"broad branch: slope_scales_mm {apart} are not among scales_mm {list(scales_mm)}")
+        self.sloped = _sloped([name for name in blurred if name in spatial]) if self.slope_scales_mm else None
         self.structures = [i for i, name in enumerate(spatial) if name.startswith("sdm_")] if self.beams else []
         places = 6 + 2 * len(TURNS) + 3
-        voxel_features = len(spatial) + len(self.blurred) * len(self.scales_mm) + places
-        patient_features = len(context) + voxel_features + len(self.beams) * len(self.structures)
+        self.averaged = len(spatial) + len(self.blurred) * len(self.scales_mm) + places  # over the patient
+        voxel_features = self.averaged + len(self.beams) * len(self.beam_scales_mm)
+        voxel_features += 3 * len(SLOPED) * len(self.slope_scales_mm)
+        patient_features = len(context) + self.averaged + len(self.beams) * len(self.structures)
         for name, size in (("voxel", voxel_features), ("patient", patient_features)):
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
@@ -135,13 +153,15 @@ class BroadBranch(nn.Module):
             body = spatial[self.body]
             inside = body > INSIDE
             edges_mm = edge_voxels * SPACING_UNIT_MM * context[self.spacing]
-            rows = [spatial[:, inside]]
-            rows += [_blurred(spatial[self.blurred], scale, edges_mm)[:, inside] for scale in self.scales_mm]
-            rows.append(_places(spatial[self.prescription], body, edges_mm)[:, inside])
-            voxels = torch.cat(rows).T
+            means = {scale: _blurred(spatial[self.blurred], scale, edges_mm) for scale in self.scales_mm}
+            rows = [spatial, *means.values(), _places(spatial[self.prescription], body, edges_mm)]
+            rows += [_blurred(spatial[self.beams], scale, edges_mm) for scale in self.beam_scales_mm]
+            rows += [_slopes(torch.einsum("sc,cxyz->sxyz", self.sloped.to(spatial), means[scale]), edges_mm)
+                     for scale in self.slope_scales_mm]  # fmt: skip
+            voxels = torch.cat([part[:, inside] for part in rows]).T
             within = (voxels[:, self.structures] > 0).float()
             in_structures = voxels[:, self.beams].T @ within / within.sum(0).clamp_min(1)
-            patient = torch.cat([context, voxels.mean(0), in_structures.flatten()])
+            patient = torch.cat([context, voxels[:, : self.averaged].mean(0), in_structures.flatten()])
         return BroadVoxels(voxels, patient, inside, body, spatial[self.plan])
 
     def begin(self, patients: Iterable[tuple[Tensor, Tensor]], share: float) -> None:
@@ -304,6 +324,25 @@ def _blurred(x: Tensor, scale_mm: float, edges_mm: Tensor) -> Tensor:
         weight = weight / weight.sum(1, keepdim=True)
         x = torch.tensordot(x, weight, dims=([axis], [1])).movedim(-1, axis)
     return x
+
+
+def _sloped(names: Sequence[str]) -> Tensor:
+    """``(S, C)``: each of ``SLOPED`` as a sum of the blurred channels, which have these names.
+
+    Raises:
+        CaseError: a channel that is not among them.
+    """
+    missing = sorted({name for parts in SLOPED for name in parts} - set(names))
+    if missing:
+        raise CaseError(f"broad branch: slopes want the channels {missing} among `blurred`; found {list(names)}")
+    return torch.tensor([[parts.get(name, 0.0) for name in names] for parts in SLOPED])
+
+
+def _slopes(x: Tensor, edges_mm: Tensor) -> Tensor:
+    """Differences a centimetre of ``(C, X, Y, Z)`` along each axis, ``(3 C, X, Y, Z)``; those along x come first."""
+    ends = [torch.cat([x.narrow(d, 0, 1), x, x.narrow(d, -1, 1)], dim=d) for d in (1, 2, 3)]
+    steps = [e.narrow(d, 2, n) - e.narrow(d, 0, n) for d, (e, n) in enumerate(zip(ends, x.shape[1:]), 1)]
+    return torch.cat([step * (SLOPE_UNIT_MM / (2 * edge)) for step, edge in zip(steps, edges_mm)])
 
 
 def _places(prescription: Tensor, body: Tensor, edges_mm: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from custom.networks.broad import BroadBranch, PerceptronEnsemble, mean_of_block
 
 SPATIAL = ["ct", "prescription", "body", "plan_prior"]
 CONTEXT = ["has_ct", "spacing_x", "spacing_y", "spacing_z"]
+SLOPED_NAMES = ["plan_prior_coverage", "plan_prior_sparing", "beam_low"]
 SPACING_MM = (4.0, 4.0, 2.0)
 SIZE = (24, 20, 16)
 BODY, PLAN = SPATIAL.index("body"), SPATIAL.index("plan_prior")
@@ -155,14 +156,20 @@ def test_what_was_always_the_same_in_training_says_nothing_later():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fine_members", [0, 2])
+@pytest.mark.parametrize("fine_members, options", [(0, {}), (2, {}), (2, {"slope_scales_mm": [5.0]})])
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_traced_it_answers_alike_for_another_patient(monkeypatch, fine_members):
+def test_traced_it_answers_alike_for_another_patient(monkeypatch, fine_members, options):
     """Also where another number of voxels passes the perceptrons at once."""
     monkeypatch.setattr("custom.networks.broad.AT_ONCE", 100)
-    made = begun(0.5, fine_members=fine_members)
-    torch.nn.init.normal_(made.perceptrons.last.weight, std=0.01)
+    names = [*SPATIAL, *SLOPED_NAMES] if options else SPATIAL
     spatial, context = patient()
+    spatial = torch.cat([spatial, spatial[[PLAN] * (len(names) - len(SPATIAL))] ** 2])
+    options = {"members": 3, "width": 8, "depth": 2, "patient_width": 4, "fine_members": fine_members, **options}
+    made = BroadBranch(names, CONTEXT, **options)
+    seen = made.features(spatial, context)
+    made.begin([(seen.voxels, seen.patient)] * 2, 0.5)
+    made.eval()
+    torch.nn.init.normal_(made.perceptrons.last.weight, std=0.01)
     dose = (0.4 * spatial[BODY])[None, None]
 
     class Blending(torch.nn.Module):
@@ -255,3 +262,42 @@ def test_what_it_cannot_do_is_said():
 
 def test_odd_sizes_are_filled_up():
     assert mean_of_blocks(torch.ones(1, 3, 2, 2))[0, :, 0, 0].tolist() == [1.0, 0.5]
+
+def test_slopes_are_differences_a_centimetre():
+    """Of ramps: the plan along x, the prescription along y, the trade-offs' difference along z, no beam path."""
+    names = [*SPATIAL, *SLOPED_NAMES]
+    spatial, context = torch.zeros(len(names), *SIZE), patient()[1]
+    spatial[BODY] = 1
+    x, y, z = torch.meshgrid(*[torch.arange(n) * mm / 10 for n, mm in zip(SIZE, SPACING_MM)], indexing="ij")
+    spatial[PLAN], spatial[names.index("prescription")] = 0.01 * x, -0.02 * y
+    spatial[names.index("plan_prior_coverage")], spatial[names.index("plan_prior_sparing")] = 0.03 * z, -0.01 * z
+    wanted = {(0, 0): 0.01, (1, 1): -0.02, (2, 2): 0.04}  # (axis, which of the four)
+    made = BroadBranch(names, CONTEXT, scales_mm=[1.0, 12.0], slope_scales_mm=[1.0], width=8, members=1)
+    for edge_voxels in (1, 2):
+        seen = made.features(spatial, context, edge_voxels)
+        slopes = seen.voxels[:, -12:].T.reshape(12, *seen.inside.shape).reshape(3, 4, *seen.inside.shape)
+        middle = slopes[:, :, 3:-3, 3:-3, 2:-2]
+        for axis in range(3):
+            for which in range(4):
+                assert torch.allclose(middle[axis, which], torch.tensor(wanted.get((axis, which), 0.0)), atol=1e-4)
+    assert seen.patient.shape == (len(CONTEXT) + seen.voxels.shape[1] - 12,)  # slopes do not count as the patient's
+    assert made.perceptrons.first.weight.shape[1] == seen.voxels.shape[1] == len(made.voxel_mean)
+
+
+def test_each_beam_is_blurred_by_itself():
+    _, spatial, context = with_beams()
+    made = BroadBranch([*SPATIAL, *BEAMS], CONTEXT, blurred=[], beam_scales_mm=[4.0, 12.0], width=8, members=1)
+    seen = made.features(spatial, context)
+    plain, (near, far) = seen.voxels[:, len(SPATIAL) : len(SPATIAL) + 2], seen.voxels[:, -4:].split(2, dim=1)
+    assert torch.allclose(near.sum(1).mean(), plain.sum(1).mean(), rtol=0.15)
+    at_the_border = (seen.inside.nonzero()[:, 0] - 5.5).abs() < 1  # the last block of one beam, the first of the other
+    spread = [(of[at_the_border] - plain[at_the_border]).abs().mean() for of in (near, far)]
+    assert 0.01 < spread[0] < spread[1]
+    assert (near[seen.inside.nonzero()[:, 0] < 3, 1].abs() < 1e-4).all(), "the second beam stays in its half"
+
+
+def test_slopes_want_their_channels():
+    with pytest.raises(CaseError, match=r"slope_scales_mm \[7.0\] are not among scales_mm"):
+        branch(slope_scales_mm=[7.0])
+    with pytest.raises(CaseError, match="slopes want the channels.*beam_low"):
+        branch(slope_scales_mm=[12.0])
