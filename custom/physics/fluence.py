@@ -1,4 +1,4 @@
-"""Fluence optimisation: the plan prior, synthetic plans, and the deliverable dose nearest to a given one."""
+"""Fluence optimisation: the plan prior and the synthetic patients' plans."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from custom.physics.limits import follow, own_objectives, read_protocol
 from custom.physics.pencil_beam import Direction, Field, density_from_hu
 from custom.places import bundle_folder
 
-__all__ = ["BeamModel", "Objective", "Plan", "load_objectives", "load_trade_offs", "mimic_dose", "plan_dose",
-           "traded"]
+__all__ = ["BeamModel", "Objective", "Plan", "load_objectives", "load_trade_offs", "plan_dose", "traded"]
 
 RING = "Ring"
 KINDS = ("min", "max")
+SMOOTHING = 0.02  # weight of the fluences' roughness
 
 
 def objectives_path() -> Path:
@@ -204,26 +204,6 @@ def plan_dose(case: Case, objectives: Sequence[Objective] | None = None, *, beam
     return replace(plan, dose_gy=plan.dose_gy * np.float32(scale), fluences=[f * scale for f in plan.fluences])
 
 
-def mimic_dose(case: Case, dose_gy: np.ndarray, *, beamlet_mm: float = 5.0, iterations: int = 40,
-               share: float = 0.5, margin_mm: float = 8.0, max_directions: int = 24, seed: int = 0) -> Plan:
-    """The dose deliverable by the case's beams that is nearest to ``dose_gy`` in the least-squares sense.
-
-    Deliverable doses form a convex set, so where the engine matches the reference's, this projection cannot
-    increase the root-mean-square error of a prediction.
-    """
-    beams = BeamModel(case, beamlet_mm, max_directions, margin_mm)
-    count = beams.index[0].size
-    voxels = np.flatnonzero(np.random.default_rng(seed).random(count) < share)
-    wanted = np.asarray(dose_gy, dtype=np.float64)[beams.index][voxels]
-
-    def loss(dose: np.ndarray) -> tuple[float, np.ndarray]:
-        error = dose - wanted
-        return float(np.dot(error, error) / error.size), 2.0 * error / error.size
-
-    start_on = slice(None), float(wanted.mean())
-    return beams.plan(_optimise([f.at(voxels) for f in beams.fields], loss, iterations, start_on, smoothing=0.0))
-
-
 def case_directions(case: Case, beamlet_mm: float, max_directions: int, margin_mm: float = 6.0) -> list[Direction]:
     """The case's beams as engine directions; arcs are thinned to ``max_directions``. Without a CT the body is water."""
     density = density_from_hu(case.ct_hu) if case.ct_hu is not None else np.ones(case.grid.shape, np.float32)
@@ -281,7 +261,7 @@ def _terms(case: Case, objectives: Sequence[Objective], regions) -> list[tuple]:
     return terms
 
 
-def _optimise(fields: list[Field], loss, iterations: int, start_on, smoothing: float = 0.02) -> list[np.ndarray]:
+def _optimise(fields: list[Field], loss, iterations: int, start_on) -> list[np.ndarray]:
     """Non-negative fluences that minimise ``loss(dose) -> (value, gradient)``, by L-BFGS-B from a uniform start.
 
     ``start_on`` is ``(voxels, mean dose in Gy)``: the uniform fluence begins at that mean over those voxels.
@@ -303,9 +283,8 @@ def _optimise(fields: list[Field], loss, iterations: int, start_on, smoothing: f
         out = np.empty_like(x)
         for field, fluence, a, b in zip(fields, fluences, offsets[:-1], offsets[1:], strict=True):
             back = field.adjoint(gradient)
-            if smoothing:
-                rough, slope = _roughness(fluence)
-                value, back = value + smoothing * rough, back + smoothing * slope
+            rough, slope = _roughness(fluence)
+            value, back = value + SMOOTHING * rough, back + SMOOTHING * slope
             out[a:b] = back[field.active]
         return value, out
 
