@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import tempfile
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -58,12 +58,9 @@ class BroadSamplesd(Transform):
         path = self.folder / f"broad_{case.hexdigest()[:32]}.pt"
         if not path.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(f".part{os.getpid()}")
-            try:
-                torch.save(self._variants(whole, seed), part)
-                part.replace(path)
-            finally:
-                part.unlink(missing_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.folder, prefix=".") as made:  # its own, beside other trainings
+                torch.save(self._variants(whole, seed), Path(made) / path.name)
+                (Path(made) / path.name).replace(path)
         return {VARIANTS: torch.load(path, mmap=True, weights_only=True)}
 
     def _variants(self, whole: Mapping[str, Tensor], seed: int) -> list[dict]:
