@@ -74,7 +74,7 @@ class BroadBranch(nn.Module):
         scales_mm: standard deviations of these neighbourhoods (Gaussian).
         beam_scales_mm: the same for the dose of each beam.
         slope_scales_mm: which of ``scales_mm`` also give the slopes of four means (``SLOPED``) along the three axes.
-        width, depth, members, patient_width, patient_dropout, patient_share: see :class:`PerceptronEnsemble`.
+        width, depth, members, patient_width, patient_dropout: see :class:`PerceptronEnsemble`.
         fine_members: so many of the members, evenly chosen, also tell the dose of single voxels; it is mixed with the
             U-Net's before the blocks' means are set. 0 leaves what is finer than a block to the U-Net.
         fine_share, target_share: of that dose, beside the targets and in them (there in all of the dose).
@@ -101,7 +101,6 @@ class BroadBranch(nn.Module):
         members: int = 6,
         patient_width: int = 48,
         patient_dropout: float = 0.1,
-        patient_share: float = 1.0,
         fine_members: int = 0,
         fine_share: float = 0.5,
         target_share: float = 0.5,
@@ -137,9 +136,8 @@ class BroadBranch(nn.Module):
             self.register_buffer(f"{name}_std", torch.ones(size))
         self.register_buffer("share", torch.zeros(()))
         self.perceptrons = PerceptronEnsemble(
-            voxel_features, patient_features, 1 + len(self.beams), width, depth, members, patient_width,
-            patient_dropout, patient_share,
-        )  # fmt: skip
+            voxel_features, patient_features, 1 + len(self.beams), width, depth, members, patient_width, patient_dropout
+        )
 
     @torch.no_grad()
     def features(self, spatial: Tensor, context: Tensor, edge_voxels: int = 2) -> BroadVoxels:
@@ -246,21 +244,14 @@ class PerceptronEnsemble(nn.Module):
         members: perceptrons, which differ in their start and their dropout.
         patient_width: of the patient's layer.
         patient_dropout: share of it that is left out in training.
-        patient_share: once trained, so much of what tells a patient from the mean one counts. A few hundred patients
-            teach more of it than holds for others; 1 takes it as it was learnt.
-
-    Raises:
-        CaseError: a share outside 0 to 1.
     """
 
     def __init__(
         self, voxel_features: int, patient_features: int, outputs: int, width: int, depth: int, members: int,
-        patient_width: int, patient_dropout: float, patient_share: float = 1.0,
+        patient_width: int, patient_dropout: float,
     ) -> None:  # fmt: skip
         super().__init__()
-        if not 0 <= patient_share <= 1:
-            raise CaseError(f"broad branch: patient_share {patient_share}; expected 0 to 1")
-        self.width, self.patient_share = width, patient_share
+        self.width = width
         self.first = _Linears(members, voxel_features, width)
         self.patient = _Linears(members, patient_features, patient_width)
         self.dropout = nn.Dropout(patient_dropout)
@@ -270,11 +261,9 @@ class PerceptronEnsemble(nn.Module):
         nn.init.zeros_(self.last.weight)
 
     def forward(self, voxels: Tensor, patient: Tensor, members: slice = ALL) -> Tensor:
-        """``(M, B, V, outputs)`` of ``voxels`` (B, V, F) and ``patient`` (B, P; zeros are the mean patient)."""
+        """``(M, B, V, outputs)`` of ``voxels`` (B, V, F) and ``patient`` (B, P), of these members."""
         batch, count = voxels.shape[:2]
         told = self.dropout(F.silu(self.patient(patient, members)))
-        if not self.training and self.patient_share < 1:
-            told = torch.lerp(F.silu(self.patient(torch.zeros_like(patient), members)), told, self.patient_share)
         scale, shift = self.film(told, members)[:, :, None].chunk(2, dim=-1)  # (M, B, 1, width)
         x = self.first(voxels.flatten(0, 1), members).unflatten(1, (batch, count))
         x = F.silu(torch.addcmul(shift, x, 1 + scale)).flatten(1, 2)

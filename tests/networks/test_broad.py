@@ -186,41 +186,16 @@ def test_traced_it_answers_alike_for_another_patient(monkeypatch, fine_members, 
 
 
 def test_members_are_apart():
-    several = ensemble()
-    voxels, people = torch.rand(2, 7, 5), torch.rand(2, 4)
-    out = several(voxels, people)
-    assert out.shape == (3, 2, 7, 1)
-    assert torch.allclose(several(voxels[1:, 3:4], people[1:])[:, 0, 0], out[:, 1, 3], atol=1e-6)
-    out[1].sum().backward()
-    for parameter in several.parameters():
-        assert parameter.grad[1].abs().sum() > 0 and parameter.grad[[0, 2]].abs().sum() == 0
-
-
-def ensemble(**options) -> PerceptronEnsemble:
-    """The same weights each time."""
     torch.manual_seed(0)
-    options = {"patient_width": 4, "patient_dropout": 0.0, **options}
-    made = PerceptronEnsemble(5, 4, outputs=1, width=8, depth=2, members=3, **options)
-    torch.nn.init.normal_(made.last.weight)
-    return made
-
-
-@torch.no_grad()
-def test_a_share_of_the_patient_stands_between_the_mean_one_and_this_one():
+    ensemble = PerceptronEnsemble(5, 4, outputs=1, width=8, depth=2, members=3, patient_width=4, patient_dropout=0.0)
+    torch.nn.init.normal_(ensemble.last.weight)
     voxels, people = torch.rand(2, 7, 5), torch.rand(2, 4)
-    whole, half, none = (ensemble(patient_share=share).eval() for share in (1.0, 0.5, 0.0))
-    mean = whole(voxels, torch.zeros_like(people))
-    assert torch.allclose(none(voxels, people), mean, atol=1e-6)
-    this = whole(voxels, people)
-    assert torch.equal(this, ensemble()(voxels, people)) and not torch.allclose(mean, this)
-    assert torch.equal(half.train()(voxels, people), this), "what is trained is the whole of it"
-    seen = []
-    for made in (whole, none, half.eval()):
-        made.film.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        made(voxels, people)
-    assert torch.allclose(seen[2], (seen[0] + seen[1]) / 2, atol=1e-6)
-    with pytest.raises(CaseError, match="patient_share 1.2"):
-        ensemble(patient_share=1.2)
+    out = ensemble(voxels, people)
+    assert out.shape == (3, 2, 7, 1)
+    assert torch.allclose(ensemble(voxels[1:, 3:4], people[1:])[:, 0, 0], out[:, 1, 3], atol=1e-6)
+    out[1].sum().backward()
+    for parameter in ensemble.parameters():
+        assert parameter.grad[1].abs().sum() > 0 and parameter.grad[[0, 2]].abs().sum() == 0
 
 
 def test_a_dose_that_depends_on_the_place_is_learnt():
