@@ -50,6 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         ranked = ranking(options.results / "metrics.csv")
         paths = {case_name(path): path for path in find_cases(options.case)}
+        missing = [name for name in ranked[: options.worst] if name not in paths]
+        if missing:
+            raise CaseError(f"{options.case}: no cases {missing}, which {options.results} scores; give the folder that "
+                            "`run evaluate` read")
         cases = {name: read_case(paths[name]) for name in ranked[: options.worst]}
         note = f"The {len(cases)} of {len(ranked)} cases with the largest dose error"
         picture = draw_worst([(case, _dose(options.results / name)) for name, case in cases.items()], note)

@@ -128,6 +128,8 @@ def test_the_worst_cases_are_found_and_drawn(tmp_path):
         too_hot = (pixels[..., 0] > 180) & (pixels[..., 1:].max(axis=2) < 80)
         assert too_hot.sum() > 2000  # the wash of the difference
     assert sizes[1] == 2 * sizes[0]
+    with pytest.raises(CaseError, match=r"no cases \['pt_3'\]"):
+        picture.main([str(folder), str(results), str(tmp_path / "worst.png"), "--worst", "2"])
 
 
 def test_the_largest_error_is_where_it_was_put():

@@ -263,6 +263,7 @@ def test_what_it_cannot_do_is_said():
 def test_odd_sizes_are_filled_up():
     assert mean_of_blocks(torch.ones(1, 3, 2, 2))[0, :, 0, 0].tolist() == [1.0, 0.5]
 
+
 def test_slopes_are_differences_a_centimetre():
     """Of ramps: the plan along x, the prescription along y, the trade-offs' difference along z, no beam path."""
     names = [*SPATIAL, *SLOPED_NAMES]
