@@ -82,7 +82,8 @@ def _with_folders(path: Path, depth: int) -> str:
 
 
 def split_cases(dataset_dir: str | Path, part: str, validation_share: float = 0.15,
-                limit: int | None = None, extra_dirs: Sequence[str | Path] = ()) -> list[dict[str, str]]:
+                limit: int | None = None, extra_dirs: Sequence[str | Path] = (), fold: int | None = None,
+                folds: int = 4) -> list[dict[str, str]]:
     """Cases of one part, as ``{"image": path}``.
 
     OpenKBP's own folders ``train-pats`` and ``validation-pats`` decide where they are found; elsewhere a hash of the
@@ -93,10 +94,15 @@ def split_cases(dataset_dir: str | Path, part: str, validation_share: float = 0.
         validation_share: share of validation cases where the folders do not tell.
         limit: at most so many cases, before the extra ones.
         extra_dirs: folders whose cases all join the training, such as synthetic ones; none joins the validation.
+        fold: of the training cases, every ``folds``-th from this one on is left out, before the extra ones join; what
+            is trained on the others tells how well it does on these. None leaves none out.
+        folds: see there.
 
     Raises:
-        CaseError: the part is empty.
+        CaseError: the part is empty, or there is no such fold.
     """
+    if fold is not None and not 0 <= fold < folds:
+        raise CaseError(f"fold {fold}; expected 0 to {folds - 1} of {folds} folds, or None to leave no case out")
     cases = find_cases(dataset_dir)
     extra = [path for folder in extra_dirs for path in find_cases(folder)] if part == "train" else []
     folders = {f"{name}-pats" for name in ("train", "validation")}
@@ -109,7 +115,10 @@ def split_cases(dataset_dir: str | Path, part: str, validation_share: float = 0.
     if not chosen:
         raise CaseError(f"{dataset_dir}: found {len(cases)} cases but none for {part}; expected folders train-pats and "
                         "validation-pats, or enough cases to split")
-    return [{Keys.IMAGE: str(path)} for path in (*chosen[:limit], *extra)]
+    chosen = chosen[:limit]
+    if fold is not None and part == "train":
+        chosen = [path for number, path in enumerate(chosen) if number % folds != fold]
+    return [{Keys.IMAGE: str(path)} for path in (*chosen, *extra)]
 
 
 def prepare(datasets: Sequence, num_workers: int = 2) -> None:

@@ -177,8 +177,16 @@ def test_training_in_stages_survives_a_kill(studies, tmp_path):
     assert after["broad.share"] == 0.25
     assert all(torch.equal(value, after[name]) == (not name.startswith("broad.")) for name, value in state.items())
     last = tmp_path / "dvh"
-    options = {k: options[k] for k in ("dataset_dir", "validation_share", "cache_dir")}
-    options |= {"output_dir": last, "init_weights": broad / "model.pt", "dvh_share": 0.4}
+    options = {k: options[k] for k in ("dataset_dir", "validation_share", "cache_dir")} | {"folds": 2}
+    short = {"network_def#broad#members": 1, "network_def#broad#fine_members": 0, "validate#cached#data#limit": 1,
+             "max_epochs": 1, "steps_per_epoch": 20}
+    for fold in range(2):
+        left = {"output_dir": tmp_path / f"fold{fold}", "fold": fold}
+        done = run("train_broad", "train.json", "train_broad.json", "smoke.json", **options, **short, **left)
+        assert done.returncode == 0, done.stderr[-3000:]
+    options |= {"output_dir": last, "init_weights": broad / "model.pt", "dvh_share": 0.4,
+                "fold_def": {"members": 1, "width": 16},
+                "fold_weights": [str(tmp_path / f"fold{fold}" / "model.pt") for fold in range(2)]}
     done = run("train_dvh", "train.json", "train_dvh.json", "smoke.json", **options)
     assert done.returncode == 0, done.stderr[-3000:]
     with (last / "dvh_estimate.csv").open() as stream:

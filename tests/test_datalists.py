@@ -42,6 +42,17 @@ def test_extra_folders_join_the_training_alone(tmp_path):
     assert names(split_cases(tmp_path / "real", "validation", **extra)) == ["pt_201"]
 
 
+def test_each_fold_leaves_out_its_own_training_cases_and_no_extra_ones(tmp_path):
+    openkbp(tmp_path / "real", "train-pats/pt_1", "train-pats/pt_2", "train-pats/pt_3", "validation-pats/pt_201")
+    openkbp(tmp_path / "more", "lung_1")
+    folds = {"folds": 2, "extra_dirs": [tmp_path / "more"]}
+    assert names(split_cases(tmp_path / "real", "train", fold=0, **folds)) == ["pt_2", "lung_1"]
+    assert names(split_cases(tmp_path / "real", "train", fold=1, **folds)) == ["pt_1", "pt_3", "lung_1"]
+    assert names(split_cases(tmp_path / "real", "validation", fold=1, **folds)) == ["pt_201"]
+    with pytest.raises(CaseError, match="fold 2; expected 0 to 1 of 2 folds"):
+        split_cases(tmp_path / "real", "train", fold=2, **folds)
+
+
 def test_hash_splits_without_overlap_and_stays_when_cases_are_added(tmp_path):
     openkbp(tmp_path, *(f"case_{n:03d}" for n in range(60)))
     train, validation = (set(names(split_cases(tmp_path, part))) for part in ("train", "validation"))

@@ -7,13 +7,14 @@ from torch import nn
 from custom.case import CaseError
 from custom.networks.addiff_dose import ADDiffDose
 from custom.networks.blocks import NoiseSchedule
+from custom.networks.broad import BroadBranch
 from custom.objectives import (
     AutoencoderObjective,
     BroadObjective,
     DiffusionObjective,
     RegressionObjective,
 )
-from custom.objectives_dvh import DvhFit
+from custom.objectives_dvh import DvhFit, LeftOutDoses
 
 CHANNELS = ["ct", "prescription", "body", "plan_prior", "has_ct"]
 
@@ -191,8 +192,8 @@ DVH_SPATIAL = ["prescription", "sdm_target_high", "body", "plan_prior"]
 DVH_CONTEXT = ["spacing_x", "spacing_y", "spacing_z"]
 
 
-def dvh_network() -> ADDiffDose:
-    return ADDiffDose(DVH_SPATIAL + DVH_CONTEXT, DVH_CONTEXT, dvh={"patients": 6},
+def dvh_network(**dvh) -> ADDiffDose:
+    return ADDiffDose(DVH_SPATIAL + DVH_CONTEXT, DVH_CONTEXT, dvh={"patients": 6, **dvh},
                       prior={"channels": [8], "encoder_blocks": [1], "decoder_blocks": []})
 
 
@@ -201,11 +202,63 @@ def test_dvh_fit_writes_the_network_and_what_it_is_worth(tmp_path):
     rows = DvhFit(network, [dvh_case(i, True) for i in range(6)], tmp_path, 0.5, progress=False).run()
     assert {(row["structure"], row["metric"]) for row in rows} == {("target_high", m) for m in ("D99", "D95", "D1")}
     d1 = next(row for row in rows if row["metric"] == "D1")
-    assert d1["plan_prior_error_gy"] == pytest.approx(6.0, abs=0.4)  # a tenth of about 60 Gy
+    assert d1["first_error_gy"] == pytest.approx(6.0, abs=0.4)  # a tenth of about 60 Gy
     assert d1["left_out_error_gy"] < 1.0
     state = torch.load(tmp_path / "model.pt", weights_only=True)
     assert state["dvh.share"] == 0.5 and state.keys() == network.state_dict().keys()
     assert len((tmp_path / "dvh_estimate.csv").read_text().splitlines()) == 4
+
+
+class Says(BroadBranch):
+    """A branch whose dose is its share, and that of a mirrored patient twice as much."""
+
+    def told(self, spatial, context, where):
+        mirrored = spatial[DVH_SPATIAL.index("prescription"), 0].any()
+        return (2 if mirrored else 1) * self.share * where.float()
+
+
+def fold_weights(folder, shares) -> list:
+    paths = [folder / f"fold{k}.pt" for k in range(len(shares))]
+    for path, share in zip(paths, shares):
+        branch = BroadBranch(DVH_SPATIAL, DVH_CONTEXT, members=1)
+        branch.share.fill_(share)
+        torch.save({f"broad.{k}": v for k, v in branch.state_dict().items()} | {"gain": torch.ones(())}, path)
+    return paths
+
+
+def test_left_out_doses_are_those_of_the_branch_that_has_not_seen_the_case(tmp_path, monkeypatch):
+    monkeypatch.setattr("custom.objectives_dvh.BroadBranch", Says)
+    left_out = LeftOutDoses(fold_weights(tmp_path, (0.2, 0.4)), {"members": 1}, DVH_SPATIAL, DVH_CONTEXT)
+    for number, expected in ((0, 0.2), (1, 0.4), (2, 0.2), (5, 0.4)):
+        case = dvh_case(number, True)
+        case["image"][DVH_SPATIAL.index("prescription"), -1] = 1  # tells the mirror image
+        dose = left_out(number, case["image"], case["context"])
+        inside = case["image"][DVH_SPATIAL.index("sdm_target_high")] > 0
+        assert torch.allclose(dose[inside], torch.tensor(1.5 * expected)) and not dose[~inside].any()
+
+
+def test_dvh_fit_learns_from_doses_of_cases_that_were_left_out(tmp_path):
+    class Tenth:
+        def __call__(self, number, image, context):
+            return 0.8 * image[DVH_SPATIAL.index("plan_prior")]
+
+    network = dvh_network(sees_dose=True)
+    rows = DvhFit(network, [dvh_case(i, True) for i in range(6)], tmp_path, 0.5, Tenth(), progress=False).run()
+    d1 = next(row for row in rows if row["metric"] == "D1")
+    assert d1["first_error_gy"] == pytest.approx(6.0, abs=0.4)  # 0.9 and 0.8 of about 60 Gy
+    assert d1["left_out_error_gy"] < 1.0
+
+
+def test_doses_that_are_not_left_out_are_refused(tmp_path):
+    with pytest.raises(CaseError, match="give fold_weights"):
+        DvhFit(dvh_network(sees_dose=True), [], tmp_path, 0.5)
+    paths, channels = fold_weights(tmp_path, (0.2,)), (DVH_SPATIAL, DVH_CONTEXT)
+    with pytest.raises(CaseError, match="extra_dirs"):
+        LeftOutDoses(paths, {"members": 1}, *channels, extra_dirs=["synthetic"])
+    with pytest.raises(CaseError, match="no fold's weights at .*fold7"):
+        LeftOutDoses([tmp_path / "fold7.pt"], {"members": 1}, *channels)
+    with pytest.raises(CaseError, match="of another broad branch than fold_def"):
+        LeftOutDoses(paths, {"members": 2}, *channels)
 
 
 def test_dvh_fit_without_anything_to_fit_is_an_error(tmp_path):

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from custom.case import CaseError
 from custom.networks.beams import beam_channels, corrected_beams
+from custom.networks.neighbourhoods import gaussian_means, slopes
 
 __all__ = ["BroadBranch", "BroadVoxels", "PerceptronEnsemble", "mean_of_blocks", "spread_means"]
 
@@ -26,7 +27,6 @@ WANTED = ("plan_prior", "prescription", "body")
 SPACING = ("spacing_x", "spacing_y", "spacing_z")
 SPACING_UNIT_MM = 4.0  # of the context's spacing_x, ...
 PLACE_UNIT_MM = 50.0
-SLOPE_UNIT_MM = 10.0
 SLOPED = (  # each a sum of channels
     {"plan_prior": 1.0},
     {"prescription": 1.0},
@@ -153,10 +153,10 @@ class BroadBranch(nn.Module):
             body = spatial[self.body]
             inside = body > INSIDE
             edges_mm = edge_voxels * SPACING_UNIT_MM * context[self.spacing]
-            means = {scale: _blurred(spatial[self.blurred], scale, edges_mm) for scale in self.scales_mm}
+            means = {scale: gaussian_means(spatial[self.blurred], scale, edges_mm) for scale in self.scales_mm}
             rows = [spatial, *means.values(), _places(spatial[self.prescription], body, edges_mm)]
-            rows += [_blurred(spatial[self.beams], scale, edges_mm) for scale in self.beam_scales_mm]
-            rows += [_slopes(torch.einsum("sc,cxyz->sxyz", self.sloped.to(spatial), means[scale]), edges_mm)
+            rows += [gaussian_means(spatial[self.beams], scale, edges_mm) for scale in self.beam_scales_mm]
+            rows += [slopes(torch.einsum("sc,cxyz->sxyz", self.sloped.to(spatial), means[scale]), edges_mm)
                      for scale in self.slope_scales_mm]  # fmt: skip
             voxels = torch.cat([part[:, inside] for part in rows]).T
             within = (voxels[:, self.structures] > 0).float()
@@ -209,6 +209,18 @@ class BroadBranch(nn.Module):
             return dose
         mixed = [self._blend(*item) for item in zip(dose[:, 0].float(), spatial, context)]
         return torch.stack(mixed)[:, None]
+
+    def told(self, spatial: Tensor, context: Tensor, where: Tensor) -> Tensor:
+        """Dose of single voxels ``(X, Y, Z)`` by all members, without any U-Net; nought where not asked.
+
+        Args:
+            spatial: ``(n, X, Y, Z)``.
+            context: ``(m,)``.
+            where: ``(X, Y, Z)`` boolean.
+        """
+        seen, patient = self.features(spatial, context, edge_voxels=1), self.features(spatial, context).patient
+        asked = seen._replace(voxels=seen.voxels[where[seen.inside]], inside=seen.inside & where)
+        return self._dose(asked, patient, ALL).clamp_min(0)
 
     def _blend(self, dose: Tensor, spatial: Tensor, context: Tensor) -> Tensor:
         seen = self.features(spatial, context)
@@ -312,20 +324,6 @@ def spread_means(means: Tensor, body: Tensor, targets: Tensor) -> Tensor:
     return (1 - targets) * wide[:, :i, :j, :k]  # also of what blocks beside the targets pass on
 
 
-def _blurred(x: Tensor, scale_mm: float, edges_mm: Tensor) -> Tensor:
-    """Gaussian means of ``(C, X, Y, Z)``, weighted by what lies within the volume.
-
-    MONAI's ``GaussianFilter`` lets the means fall towards the volume's faces, where scans cut through the patient, and
-    fixes its kernel, which a trace would keep for patients with other voxels.
-    """
-    for axis, edge in enumerate(edges_mm, 1):
-        place = torch.arange(x.shape[axis], device=x.device) * edge
-        weight = torch.exp(-0.5 * ((place[:, None] - place[None]) / scale_mm).square())
-        weight = weight / weight.sum(1, keepdim=True)
-        x = torch.tensordot(x, weight, dims=([axis], [1])).movedim(-1, axis)
-    return x
-
-
 def _sloped(names: Sequence[str]) -> Tensor:
     """``(S, C)``: each of ``SLOPED`` as a sum of the blurred channels, which have these names.
 
@@ -336,13 +334,6 @@ def _sloped(names: Sequence[str]) -> Tensor:
     if missing:
         raise CaseError(f"broad branch: slopes want the channels {missing} among `blurred`; found {list(names)}")
     return torch.tensor([[parts.get(name, 0.0) for name in names] for parts in SLOPED])
-
-
-def _slopes(x: Tensor, edges_mm: Tensor) -> Tensor:
-    """Differences a centimetre of ``(C, X, Y, Z)`` along each axis, ``(3 C, X, Y, Z)``; those along x come first."""
-    ends = [torch.cat([x.narrow(d, 0, 1), x, x.narrow(d, -1, 1)], dim=d) for d in (1, 2, 3)]
-    steps = [e.narrow(d, 2, n) - e.narrow(d, 0, n) for d, (e, n) in enumerate(zip(ends, x.shape[1:]), 1)]
-    return torch.cat([step * (SLOPE_UNIT_MM / (2 * edge)) for step, edge in zip(steps, edges_mm)])
 
 
 def _places(prescription: Tensor, body: Tensor, edges_mm: Tensor) -> Tensor:

@@ -144,6 +144,22 @@ def test_fine_members_are_chosen_evenly():
 
 
 @torch.no_grad()
+def test_what_is_told_of_single_voxels_is_where_it_was_asked():
+    """The mean of all members there, by the features of the whole patient: asking about less changes no answer."""
+    made = begun(0.5, members=3)
+    torch.nn.init.normal_(made.perceptrons.last.weight, std=0.1)
+    spatial, context = patient()
+    where = torch.rand(spatial.shape[1:], generator=torch.Generator().manual_seed(5)) > 0.7
+    told = made.told(spatial, context, where)
+    everywhere = made.told(spatial, context, torch.ones_like(where))
+    assert torch.allclose(told, everywhere * where, atol=1e-6)
+    seen = made.features(spatial, context, edge_voxels=1)
+    rows = made(seen.voxels[None], made.features(spatial, context).patient[None])[:, 0].mean(0)
+    assert torch.allclose(everywhere[seen.inside], (seen.plan[seen.inside] + rows).clamp_min(0), atol=1e-5)
+    assert told.any() and not everywhere[~seen.inside].any()
+
+
+@torch.no_grad()
 def test_what_was_always_the_same_in_training_says_nothing_later():
     """A prescription or an organ that training never saw otherwise must not move the dose by untrained weights."""
     made = begun(1.0)

@@ -51,14 +51,21 @@ def patient(seed: int = 0, larynx: bool = True, vmat: float = 0.0) -> tuple[torc
     return spatial, torch.tensor([vmat, 0.0, 1.0, *(edge / 4.0 for edge in SPACING_MM)])
 
 
+def predicted(plan: torch.Tensor, seed: int) -> torch.Tensor:
+    """A dose that is 0.8 to 1 of the plan."""
+    return plan * (0.8 + 0.2 * torch.rand((), generator=torch.Generator().manual_seed(seed)))
+
+
 def fitted(share: float = 1.0, count: int = 24, **options) -> DvhEstimator:
-    """Fitted to references that are nine tenths of the plan prior."""
+    """Fitted to references that are nine tenths of the plan prior, or of the predicted dose."""
     made = estimator(**options)
     patients = []
     for seed in range(count):
         spatial, context = patient(seed, larynx=seed % 3 > 0)
-        reference = made.metrics(0.9 * spatial[SPATIAL.index("plan_prior")], spatial, context)
-        patients.append((made.figures(spatial, context), reference))
+        plan = spatial[SPATIAL.index("plan_prior")]
+        guess = predicted(plan, seed) if made.figures.sees_dose else plan
+        reference = made.figures.metrics(0.9 * guess, spatial, context)
+        patients.append((made.figures(spatial, context, guess), reference))
     made.fit(patients, share)
     return made
 
@@ -78,7 +85,7 @@ def told(made: DvhEstimator, goal: torch.Tensor, trust: float = 1.0) -> DvhEstim
 def test_metrics_are_those_of_the_challenge():
     spatial, context = patient()
     dose = torch.rand(SIZE, generator=torch.Generator().manual_seed(9))
-    found = estimator().metrics(dose, spatial, context)
+    found = estimator().figures.metrics(dose, spatial, context)
     for row, name in zip(found, NAMES):
         inside = dose[spatial[SPATIAL.index(f"sdm_{name}")] > 0].numpy()
         expected = openkbp_dvh(inside, float(np.prod(SPACING_MM)), name.startswith("target"))
@@ -105,19 +112,70 @@ def test_figures_say_what_the_plan_gives_and_where_a_structure_lies():
     assert torch.allclose(cord[place][:3], offset, atol=1e-4)
 
 
+def group(made: DvhEstimator, row: torch.Tensor, name: str) -> torch.Tensor:
+    return row[made.membership[made.groups.index(name)] > 0]
+
+
+def test_figures_say_what_the_plan_gives_nearby_and_around_the_targets():
+    """A plan of 1 in the targets and half of it elsewhere: over 5 mm it is a step that a Gaussian has blurred."""
+    spatial, context = patient()
+    made = estimator()
+    low = spatial[SPATIAL.index("sdm_target_low")]
+    low.fill_(-1.0)
+    high = spatial[SPATIAL.index("sdm_target_high")]
+    high[:10], high[10:] = 1.0, -0.3  # 15 mm and more away, all of it
+    body = spatial[SPATIAL.index("body")]
+    plan = spatial[SPATIAL.index("plan_prior")]
+    plan.copy_((0.5 + 0.5 * (high > 0)) * body)
+    spatial[SPATIAL.index("plan_prior_coverage")] = 1.1 * plan
+    figures = made.figures(spatial, context)
+    shells = group(made, figures.values[0], "shells")
+    assert torch.allclose(shells[:5], torch.tensor([0.0, 0.0, 0.5, 0.0, 0.0]), atol=1e-5)  # 10 to 20 mm
+    assert torch.allclose(shells[5:], 0.1 * shells[:5], atol=1e-5)
+    cord = figures.values[NAMES.index("SpinalCord")]
+    nearby = group(made, cord, "nearby")
+    edges = (np.arange(20) - 9.5) * 4.0
+    weight = np.exp(-0.5 * ((edges[9] - edges) / 5.0) ** 2)
+    step = float((weight * np.where(np.arange(20) < 10, 1.0, 0.5))[1:19].sum() / weight.sum())  # air at both ends
+    assert float(nearby[0]) == pytest.approx(step - 1.0, abs=0.02)  # the hottest voxels lie beside the step
+    hot, cold = group(made, cord, "hot"), group(made, cord, "cold")
+    assert hot[0] == pytest.approx(1.0) and hot[1] == pytest.approx(1.1, abs=1e-5) and hot[2] < hot[0]
+    assert cold[0] == pytest.approx(0.5)  # of an organ, what lies outside the targets
+
+
+def test_departs_from_the_predicted_dose_where_it_sees_one():
+    made = fitted(sees_dose=True)
+    spatial, context = patient(100)
+    plan = spatial[SPATIAL.index("plan_prior")]
+    dose = predicted(plan, 100)
+    figures = made.figures(spatial, context, dose)
+    first = made.figures.metrics(dose, spatial, context)
+    assert torch.allclose(figures.first, first, atol=1e-6)
+    apart = group(made, figures.values[0], "dose")
+    assert torch.allclose(apart, first[0] - made.figures.metrics(plan, spatial, context)[0], atol=1e-6)
+    estimate, _ = made.estimate(figures)
+    assert (estimate - 0.9 * first).abs().mean() < 0.3 * (0.1 * first).abs().mean()
+    moved = dose + made.shift(dose[None, None], spatial[None], context[None])[0, 0]
+    now = made.figures.metrics(moved, spatial, context)
+    assert (now - estimate)[:2].abs().max() < 0.01
+    assert (now - estimate).abs().mean() < 0.5 * (first - estimate).abs().mean()
+    with pytest.raises(CaseError, match="was given none"):
+        made.figures(spatial, context)
+
+
 def test_absent_structures_are_unknown_and_the_others_are_not():
     spatial, context = patient(larynx=False)
     figures = estimator().figures(spatial, context)
     absent = torch.isnan(figures.values[:, 0])
     assert absent.tolist() == [False, False, False, True]
-    assert torch.isfinite(figures.plan).all()
+    assert torch.isfinite(figures.first).all()
 
 
 def test_learns_how_references_depart_from_the_plan(taught):
     spatial, context = patient(100)
     plan = spatial[SPATIAL.index("plan_prior")]
     estimate, trust = taught.estimate(taught.figures(spatial, context))
-    truth, first = (taught.metrics(f * plan, spatial, context) for f in (0.9, 1.0))
+    truth, first = (taught.figures.metrics(f * plan, spatial, context) for f in (0.9, 1.0))
     assert torch.equal(trust, torch.ones(4))
     assert (estimate - truth).abs().mean() < 0.3 * (first - truth).abs().mean()
 
@@ -126,11 +184,11 @@ def test_a_dose_is_moved_to_the_metrics_and_nowhere_else():
     spatial, context = patient()
     made = estimator()
     dose = spatial[SPATIAL.index("plan_prior")]
-    goal = made.metrics(dose, spatial, context) + torch.tensor([[0.03, 0.02, -0.02], [-0.02, 0.01, 0.03],
+    goal = made.figures.metrics(dose, spatial, context) + torch.tensor([[0.03, 0.02, -0.02], [-0.02, 0.01, 0.03],
                                                                [-0.04, 0.02, 0.0], [0.05, 0.04, 0.0]])
     moved = dose + told(made, goal).shift(dose[None, None], spatial[None], context[None])[0, 0]
-    assert torch.allclose(made.metrics(moved, spatial, context), goal, atol=2e-3)
-    anywhere = torch.stack(made.masks(spatial)).any(0)
+    assert torch.allclose(made.figures.metrics(moved, spatial, context), goal, atol=2e-3)
+    anywhere = torch.stack(made.figures.masks(spatial)).any(0)
     assert torch.equal(moved[~anywhere], dose[~anywhere]) and moved.min() >= 0
     hot = spatial[SPATIAL.index("sdm_SpinalCord")] > 0
     assert (moved - dose)[hot][dose[hot].argmax()] < 0 < (moved - dose)[hot].mean()
@@ -144,7 +202,7 @@ def test_no_voxel_of_a_small_target_runs_away():
     low[2:7, 6:11, 6:9] = 1.0
     dose = spatial[SPATIAL.index("plan_prior")]
     made = estimator()
-    goal = made.metrics(dose, spatial, context)
+    goal = made.figures.metrics(dose, spatial, context)
     goal[NAMES.index("target_low"), 0] -= 1.0
     moved = dose + told(made, goal).shift(dose[None, None], spatial[None], context[None])[0, 0]
     assert (moved - dose).abs().max() <= 0.1 + 1e-6
@@ -153,13 +211,13 @@ def test_no_voxel_of_a_small_target_runs_away():
 def test_half_a_share_goes_half_of_the_way_and_none_nowhere():
     spatial, context = patient()
     dose = spatial[SPATIAL.index("plan_prior")]
-    before = estimator().metrics(dose, spatial, context)
+    before = estimator().figures.metrics(dose, spatial, context)
     goal = before + 0.04 * torch.tensor([1.0, 1.0, 1.0])
     goal[2:, 2] = 0
     for trust, expected in ((0.5, 0.02), (0.0, 0.0)):
         made = told(estimator(), goal, trust)
         moved = dose + made.shift(dose[None, None], spatial[None], context[None])[0, 0]
-        change = made.metrics(moved, spatial, context) - before
+        change = made.figures.metrics(moved, spatial, context) - before
         assert torch.allclose(change[:2], torch.full((2, 3), expected), atol=1e-3)
     made.share.fill_(0.0)
     assert not made.shift(dose[None, None], spatial[None], context[None]).any()
@@ -169,9 +227,9 @@ def test_no_figure_is_changed_by_more_than_a_tenth_of_the_prescription():
     spatial, context = patient()
     dose = spatial[SPATIAL.index("plan_prior")]
     made = estimator()
-    before = made.metrics(dose, spatial, context)
+    before = made.figures.metrics(dose, spatial, context)
     moved = dose + told(made, before + 5).shift(dose[None, None], spatial[None], context[None])[0, 0]
-    assert (made.metrics(moved, spatial, context) - before).max() < 0.1 + 1e-3
+    assert (made.figures.metrics(moved, spatial, context) - before).max() < 0.1 + 1e-3
 
 
 @pytest.mark.parametrize("stranger", ["vmat", "far", "prescription"])
@@ -212,8 +270,10 @@ def test_patients_of_another_fit_are_taken_whole_or_not_at_all(taught):
     assert same.dvh.share == 1
 
 
-def test_a_trace_serves_patients_with_other_structures(taught):
+@pytest.mark.parametrize("sees_dose", [False, True])
+def test_a_trace_serves_patients_with_other_structures(taught, sees_dose):
     """No branch may depend on a patient: the trace of one without a larynx is asked about one with."""
+    taught = fitted(sees_dose=True) if sees_dose else taught
     spatial, context = patient(4, larynx=False)
     dose = spatial[SPATIAL.index("plan_prior")]
 
