@@ -15,7 +15,7 @@ from tqdm import tqdm
 from custom.case import CaseError, Keys
 from custom.networks.broad import BroadBranch
 from custom.networks.dvh_estimate import DvhEstimator
-from custom.transforms.augment import mirror_order
+from custom.rois import mirror_order
 from custom.whole import whole_file
 
 __all__ = ["DvhFit", "LeftOutDoses"]
@@ -37,7 +37,7 @@ class LeftOutDoses:
         weights: ``model.pt`` of each fold, in their order.
         branch_def: arguments of :class:`~custom.networks.broad.BroadBranch` that they were trained with.
         spatial_channels, context_channels: names of what the branch sees.
-        swap_channels: see :func:`~custom.transforms.augment.mirror_order`; the dose is the mean of the patient's and of
+        swap_channels: see :func:`~custom.rois.mirror_order`; the dose is the mean of the patient's and of
             his mirror image's, as in inference.
         extra_dirs: must be empty; these cases are in all folds.
 

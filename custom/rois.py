@@ -17,7 +17,7 @@ from pathlib import Path
 from custom.case import CaseError
 from custom.places import bundle_folder
 
-__all__ = ["RoiAssignment", "RoiMatch", "RoiTable", "assign_rois", "default_table_path"]
+__all__ = ["RoiAssignment", "RoiMatch", "RoiTable", "assign_rois", "default_table_path", "mirror_order"]
 
 SIDES = {"L": {"l", "lt", "left", "gauche", "g", "li"}, "R": {"r", "rt", "right", "droit", "droite", "d", "re"}}
 LEVEL_WORDS = {
@@ -299,3 +299,20 @@ def _choose(name: str, indices: list[int], matches: dict[int, RoiMatch], result:
         chosen = ", ".join(repr(matches[i].raw) for i in close)
         all_of_them = ", ".join(repr(matches[i].raw) for i in indices)
         result.notes.append(f"{name}: several candidates ({all_of_them}); used: {chosen}")
+
+
+def mirror_order(names: Sequence[str], pairs: Sequence[Sequence[str]]) -> list[int]:
+    """Index of what takes each name's place in the mirror.
+
+    Args:
+        names: of channels, or of structures.
+        pairs: names that change places. ``("has_Parotid_L", "has_Parotid_R")`` tells so of the structures, too.
+    """
+    names = list(names)
+    order = list(range(len(names)))
+    for pair in pairs:
+        places = [[i for i, name in enumerate(names) if asked == name or asked.endswith(f"_{name}")] for asked in pair]
+        if all(len(place) == 1 for place in places):
+            (a,), (b,) = places
+            order[a], order[b] = b, a
+    return order

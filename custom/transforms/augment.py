@@ -10,26 +10,10 @@ from monai.transforms import MapTransform, RandomizableTransform
 
 from custom.case import Keys
 from custom.geometry.distance import DISTANCE_FORMS
+from custom.rois import mirror_order
 from custom.transforms.condition import ABSENT_DISTANCE, CONTEXT
 
-__all__ = ["RandDropConditionsd", "RandMirrord", "mirror_order"]
-
-
-def mirror_order(names: Sequence[str], pairs: Sequence[Sequence[str]]) -> list[int]:
-    """Index of what takes each name's place in the mirror.
-
-    Args:
-        names: of channels, or of structures.
-        pairs: names that change places. ``("has_Parotid_L", "has_Parotid_R")`` tells so of the structures, too.
-    """
-    names = list(names)
-    order = list(range(len(names)))
-    for pair in pairs:
-        places = [[i for i, name in enumerate(names) if asked == name or asked.endswith(f"_{name}")] for asked in pair]
-        if all(len(place) == 1 for place in places):
-            (a,), (b,) = places
-            order[a], order[b] = b, a
-    return order
+__all__ = ["RandDropConditionsd", "RandMirrord"]
 
 
 class RandMirrord(RandomizableTransform, MapTransform):

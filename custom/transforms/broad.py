@@ -13,7 +13,8 @@ from torch import Tensor
 
 from custom.case import Keys
 from custom.networks.broad import BroadBranch, BroadVoxels, mean_of_blocks
-from custom.transforms.augment import RandDropConditionsd, mirror_order
+from custom.rois import mirror_order
+from custom.transforms.augment import RandDropConditionsd
 from custom.transforms.condition import CONTEXT
 
 __all__ = ["BroadSamplesd", "RandBroadVoxelsd"]
@@ -29,7 +30,7 @@ class BroadSamplesd(Transform):
     Args:
         branch: whose features these are.
         spatial_channels, context_channels: see :class:`RandDropConditionsd`.
-        swap_channels: see :func:`~custom.transforms.augment.mirror_order`.
+        swap_channels: see :func:`~custom.rois.mirror_order`.
         ct_prob, organ_prob: of the case with less input; see there.
         seed: of what is left out, and of the single voxels.
         single_voxels: so many for each block, drawn anew in each of the four; 0 for blocks alone.

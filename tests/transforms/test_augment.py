@@ -8,7 +8,8 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
-from custom.transforms.augment import RandDropConditionsd, RandMirrord, mirror_order
+from custom.rois import mirror_order
+from custom.transforms.augment import RandDropConditionsd, RandMirrord
 
 SPATIAL = ["ct", "sdm_Parotid_L", "sdm_Parotid_R", "sdm_target_high", "sdm_Lung_L"]
 CONTEXT = ["has_ct", "has_Parotid_L", "has_Parotid_R", "has_Lung_L"]
