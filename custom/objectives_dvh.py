@@ -1,4 +1,4 @@
-"""Fit of the network's DVH estimate to reference plans: no gradient descent over voxels, a minute for 200 patients."""
+"""Fit of the network's DVH estimate to reference plans: no gradient descent over voxels, minutes for 200 patients."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class LeftOutDoses:
 
     Args:
         weights: ``model.pt`` of each fold, in their order.
+        folds: how many there are.
         branch_def: arguments of :class:`~custom.networks.broad.BroadBranch` that they were trained with.
         spatial_channels, context_channels: names of what the branch sees.
         swap_channels: see :func:`~custom.rois.mirror_order`; the dose is the mean of the patient's and of
@@ -42,12 +43,15 @@ class LeftOutDoses:
         extra_dirs: must be empty; these cases are in all folds.
 
     Raises:
-        CaseError: a file that is missing or of another branch, or extra cases.
+        CaseError: fewer or more files than folds, one that is missing, damaged or of another branch, or extra cases.
     """
 
-    def __init__(self, weights: Sequence[str | Path], branch_def: Mapping[str, Any], spatial_channels: Sequence[str],
-                 context_channels: Sequence[str], swap_channels: Sequence[Sequence[str]] = (),
-                 extra_dirs: Sequence[str | Path] = ()) -> None:
+    def __init__(self, weights: Sequence[str | Path], folds: int, branch_def: Mapping[str, Any],
+                 spatial_channels: Sequence[str], context_channels: Sequence[str],
+                 swap_channels: Sequence[Sequence[str]] = (), extra_dirs: Sequence[str | Path] = ()) -> None:
+        if len(weights) != folds:
+            raise CaseError(f"DVH fit: fold_weights names {len(weights)} models; expected one of each of the {folds} "
+                            "folds, fold 0 first, or cases would be told by branches that have seen them")
         if extra_dirs:
             raise CaseError(f"DVH fit: extra_dirs {list(extra_dirs)}; every fold was trained with these cases, so none "
                             "can tell their doses as if they were new. Leave extra_dirs out here")
@@ -60,7 +64,11 @@ class LeftOutDoses:
     def _read(self, path: Path) -> dict[str, Tensor]:
         if not path.is_file():
             raise CaseError(f"DVH fit: no fold's weights at {path}; train_broad with --fold 0, 1, ... makes them")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise CaseError(f"DVH fit: {path} is no weights file that can be read safely ({error}); train that fold "
+                            "anew") from error
         state = {key.removeprefix(BROAD): value for key, value in state.items() if key.startswith(BROAD)}
         own = self.branch.state_dict()
         odd = sorted(set(own) ^ set(state)) or [k for k, v in state.items() if v.shape != own[k].shape]

@@ -228,7 +228,7 @@ def fold_weights(folder, shares) -> list:
 
 def test_left_out_doses_are_those_of_the_branch_that_has_not_seen_the_case(tmp_path, monkeypatch):
     monkeypatch.setattr("custom.objectives_dvh.BroadBranch", Says)
-    left_out = LeftOutDoses(fold_weights(tmp_path, (0.2, 0.4)), {"members": 1}, DVH_SPATIAL, DVH_CONTEXT)
+    left_out = LeftOutDoses(fold_weights(tmp_path, (0.2, 0.4)), 2, {"members": 1}, DVH_SPATIAL, DVH_CONTEXT)
     for number, expected in ((0, 0.2), (1, 0.4), (2, 0.2), (5, 0.4)):
         case = dvh_case(number, True)
         case["image"][DVH_SPATIAL.index("prescription"), -1] = 1  # tells the mirror image
@@ -254,11 +254,16 @@ def test_doses_that_are_not_left_out_are_refused(tmp_path):
         DvhFit(dvh_network(sees_dose=True), [], tmp_path, 0.5)
     paths, channels = fold_weights(tmp_path, (0.2,)), (DVH_SPATIAL, DVH_CONTEXT)
     with pytest.raises(CaseError, match="extra_dirs"):
-        LeftOutDoses(paths, {"members": 1}, *channels, extra_dirs=["synthetic"])
+        LeftOutDoses(paths, 1, {"members": 1}, *channels, extra_dirs=["synthetic"])
     with pytest.raises(CaseError, match="no fold's weights at .*fold7"):
-        LeftOutDoses([tmp_path / "fold7.pt"], {"members": 1}, *channels)
+        LeftOutDoses([tmp_path / "fold7.pt"], 1, {"members": 1}, *channels)
     with pytest.raises(CaseError, match="of another broad branch than fold_def"):
-        LeftOutDoses(paths, {"members": 2}, *channels)
+        LeftOutDoses(paths, 1, {"members": 2}, *channels)
+    with pytest.raises(CaseError, match="names 1 models; expected one of each of the 2 folds"):
+        LeftOutDoses(paths, 2, {"members": 1}, *channels)
+    paths[0].write_bytes(paths[0].read_bytes()[:200])
+    with pytest.raises(CaseError, match="fold0.pt is no weights file"):
+        LeftOutDoses(paths, 1, {"members": 1}, *channels)
 
 
 def test_dvh_fit_without_anything_to_fit_is_an_error(tmp_path):

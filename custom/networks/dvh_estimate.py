@@ -18,7 +18,7 @@ from custom.case import CaseError
 from custom.networks.dvh_figures import METRICS, ORGANS, TARGETS, DvhFigures, StructureFigures, dvh_metrics, mean_of
 from custom.networks.gaussian_process import GpTask, covariance, fit_family, group_kernels
 
-__all__ = ["DvhEstimator", "StructureFigures"]
+__all__ = ["DvhEstimator"]
 
 KINDS = ("is_vmat", "is_lung", "prescription_level")  # of plans; what was not among the patients is not estimated
 KIND_TOLERANCE = 0.015
@@ -40,7 +40,7 @@ class DvhEstimator(nn.Module):
     (technique, site, prescription), is left as it is.
 
     Args:
-        spatial_channels, context_channels: names of what :meth:`figures` gets.
+        spatial_channels, context_channels: names of what :class:`~custom.networks.dvh_figures.DvhFigures` gets.
         patients: most that :meth:`fit` is given.
         organs, targets: structures, each with a channel ``sdm_...``; those without are left out.
         sees_dose: depart from the dose that is to be moved, not from the plan prior. :meth:`fit` then wants doses that

@@ -8,7 +8,8 @@ from custom.case import CaseError
 from custom.inferers import DoseDiffusionInferer
 from custom.metrics import openkbp_dvh
 from custom.networks.addiff_dose import ADDiffDose
-from custom.networks.dvh_estimate import DvhEstimator, StructureFigures
+from custom.networks.dvh_estimate import DvhEstimator
+from custom.networks.dvh_figures import StructureFigures
 from custom.networks.growth import grow
 
 SPATIAL = ["ct", "prescription", "sdm_target_high", "sdm_target_low", "sdm_SpinalCord", "sdm_Larynx", "body",
@@ -184,8 +185,8 @@ def test_a_dose_is_moved_to_the_metrics_and_nowhere_else():
     spatial, context = patient()
     made = estimator()
     dose = spatial[SPATIAL.index("plan_prior")]
-    goal = made.figures.metrics(dose, spatial, context) + torch.tensor([[0.03, 0.02, -0.02], [-0.02, 0.01, 0.03],
-                                                               [-0.04, 0.02, 0.0], [0.05, 0.04, 0.0]])
+    goal = made.figures.metrics(dose, spatial, context)
+    goal += torch.tensor([[0.03, 0.02, -0.02], [-0.02, 0.01, 0.03], [-0.04, 0.02, 0.0], [0.05, 0.04, 0.0]])
     moved = dose + told(made, goal).shift(dose[None, None], spatial[None], context[None])[0, 0]
     assert torch.allclose(made.figures.metrics(moved, spatial, context), goal, atol=2e-3)
     anywhere = torch.stack(made.figures.masks(spatial)).any(0)
