@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from monai.transforms import Randomizable, Transform
+from monai.utils import convert_to_tensor
 from torch import Tensor
 
 from custom.case import Keys
@@ -50,7 +51,8 @@ class BroadSamplesd(Transform):
         self.drop = RandDropConditionsd(Keys.IMAGE, spatial_channels, context_channels, ct_prob, organ_prob)
 
     def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[str, list[dict[str, Tensor]]]:
-        whole = {key: torch.as_tensor(data[key]) for key in (Keys.IMAGE, CONTEXT, Keys.LABEL, Keys.BODY)}
+        whole = {key: convert_to_tensor(data[key], track_meta=False)  # a new case has metadata, a kept one none
+                 for key in (Keys.IMAGE, CONTEXT, Keys.LABEL, Keys.BODY)}  # fmt: skip
         case = hashlib.sha256(repr((self.options, self.mirrored)).encode() + _bytes(whole.values()))
         seed = int(case.hexdigest()[:8], 16)
         if self.folder is None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from monai.data import MetaTensor
 
 from custom.networks.broad import BroadBranch, mean_of_blocks
 from custom.transforms.broad import BroadSamplesd, RandBroadVoxelsd
@@ -39,6 +40,16 @@ def test_what_is_learnt_is_the_reference_less_the_plan_in_every_block_of_the_bod
     assert torch.allclose(found[1]["residual"].float(), mirrored, atol=1e-3)
     for key in ("voxels", "patient"):  # nothing is left out with these probabilities
         assert torch.equal(found[0][key], found[2][key]) and torch.equal(found[1][key], found[3][key])
+
+
+def test_samples_are_alike_with_metadata_and_without(case, tmp_path):
+    """A case that was just prepared and one that was read again stand in one batch."""
+    fresh = {key: MetaTensor(value) for key, value in case.items()}
+    for kept, bare in zip(variants(fresh, folder=tmp_path), variants(case)):
+        assert {key: type(value) for key, value in kept.items()} == {key: type(value) for key, value in bare.items()}
+        assert torch.equal(kept["voxels"], bare["voxels"])
+    assert len(list(tmp_path.iterdir())) == 1 and len(variants(case, folder=tmp_path)) == 4
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_less_input_is_left_out_of_the_second_pair_alone(case):
