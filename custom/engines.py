@@ -466,16 +466,23 @@ class BroadStart:
         samples: what :class:`custom.transforms.broad.BroadSamplesd` made of each case; what they leave out of a case on
             purpose does not count.
         share: of the branch in the mean over a block.
+        fold, init_weights: what is left out of the training, and where it begins; both together call for a warning.
     """
 
-    def __init__(self, branch: torch.nn.Module, samples: Sequence[Mapping], share: float) -> None:
+    def __init__(self, branch: torch.nn.Module, samples: Sequence[Mapping], share: float, fold: int | None = None,
+                 init_weights: str | Path = "") -> None:
         self.branch, self.samples, self.share = branch, samples, share
+        self.fold, self.init_weights = fold, init_weights
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, lambda _: self.begin())
 
     def begin(self) -> None:
         """Now."""
+        if self.fold is not None and self.init_weights:
+            logger.warning("fold %s begins with %s: if these weights have seen the cases that it leaves out, its doses "
+                           "of them are known by heart and the DVH estimate learns to trust such doses. Begin a fold "
+                           "without init_weights", self.fold, self.init_weights)
         items = (self.samples[i] for i in range(len(self.samples)))
         whole = [variant for item in items for variant in item["variants"] if not variant["less"]]
         self.branch.begin([(v["voxels"], v["patient"]) for v in whole], self.share)

@@ -321,6 +321,17 @@ def test_another_networks_weights_are_refused(tmp_path):
         WeightsLoader(path, one_weight()).load()
 
 
+@pytest.mark.parametrize(("fold", "init_weights", "warned"), [(0, "model.pt", True), (0, "", False),
+                                                              (None, "model.pt", False)])  # fmt: skip
+def test_a_fold_that_begins_with_weights_is_warned_of(fold, init_weights, warned, caplog):
+    """Weights that have seen the cases left out would teach the DVH estimate to trust what is known by heart."""
+    begun = []
+    branch = SimpleNamespace(begin=lambda patients, share: begun.append((len(patients), share)))
+    variants = [{"less": less, "voxels": torch.zeros(2, 3), "patient": torch.zeros(4)} for less in (False, True)]
+    engines.BroadStart(branch, [{"variants": variants}] * 3, 0.5, fold, init_weights).begin()
+    assert begun == [(3, 0.5)] and ("known by heart" in caplog.text) is warned
+
+
 def test_unstrict_loading_takes_what_fits(tmp_path):
     path, network = tmp_path / "model.pt", torch.nn.Linear(2, 1)
     torch.save({"weight": torch.zeros(1, 3), "bias": torch.tensor([7.0]), "other": torch.ones(1)}, path)
