@@ -22,6 +22,7 @@ __all__ = ["BeamModel", "Objective", "Plan", "load_objectives", "load_trade_offs
 
 RING = "Ring"
 KINDS = ("min", "max")
+LEVELS = ("high", "mid", "low", "lower")  # of the targets; "lower": all but the highest
 SMOOTHING = 0.02  # weight of the fluences' roughness
 
 
@@ -41,7 +42,8 @@ class Objective:
         dose_gy: limit in Gy, or None when ``dose_share`` is given.
         dose_share: limit as a share of the structure's own prescription (targets), or the highest one (others).
         weight: relative weight.
-        level: for targets only: "high", "lower", or None for both.
+        level: for targets only, by prescription: one of ``LEVELS``, or None for every target. ``low`` and ``mid``
+            ask for two and three levels, as PTV_Low and PTV_Mid do in :mod:`custom.dosimetry.regions`.
     """
 
     structure: str
@@ -98,9 +100,10 @@ def load_objectives(
         numbers = [value for value in (row.dose_gy, row.dose_share, row.weight) if value is not None]
         sound = all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in numbers)
         one_dose = (row.dose_gy is None) != (row.dose_share is None)
-        if row.kind not in KINDS or not one_dose or not sound or not row.weight > 0:
-            raise CaseError(f"{path}, row {number}: wants kind {KINDS}, one of dose_gy and dose_share, and a positive "
-                            f"weight, as numbers; found {row}")
+        known = row.kind in KINDS and (row.level is None or row.level in LEVELS)
+        if not known or not one_dose or not sound or not row.weight > 0:
+            raise CaseError(f"{path}, row {number}: wants kind {KINDS}, level {LEVELS} or null, one of dose_gy and "
+                            f"dose_share, and a positive weight, as numbers; found {row}")
     return found
 
 
@@ -246,6 +249,7 @@ def _sampled_share(name: str, voxels: int, case: Case) -> float:
 def _terms(case: Case, objectives: Sequence[Objective], regions) -> list[tuple]:
     """``(kind, positions in the voxel list, limit in Gy, weight per voxel)`` for each objective that applies."""
     highest = case.highest_prescription_gy
+    levels = sorted(set(case.prescription_gy.values()), reverse=True)
     terms = []
     for row in objectives:
         names = list(case.targets) if row.structure == "Target" else [row.structure]
@@ -253,12 +257,21 @@ def _terms(case: Case, objectives: Sequence[Objective], regions) -> list[tuple]:
             if name not in regions:
                 continue
             own = case.prescription_gy.get(name, highest)
-            if row.level is not None and (own == highest) != (row.level == "high"):
+            if row.level is not None and own not in _at_level(row.level, levels):
                 continue
             voxels = np.flatnonzero(regions[name])
             limit = row.dose_gy if row.dose_gy is not None else row.dose_share * own
             terms.append((row.kind, voxels, limit, row.weight / max(voxels.size, 1)))
     return terms
+
+
+def _at_level(level: str, prescriptions: Sequence[float]) -> Sequence[float]:
+    """Those of the prescriptions (descending, each once) that a level of ``LEVELS`` means."""
+    if level == "high":
+        return prescriptions[:1]
+    if level == "mid":
+        return prescriptions[1:2] if len(prescriptions) > 2 else ()
+    return prescriptions[1:] if level == "lower" else prescriptions[1:][-1:]
 
 
 def _optimise(fields: list[Field], loss, iterations: int, start_on) -> list[np.ndarray]:

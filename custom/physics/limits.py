@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 _FOLLOWS = re.compile(r"^(\S.*) (\S+\[(?:Gy|%|cc)\]) (<=|>=) (\d+(?:\.\d+)?)(%Rx)?$")
 _SHARE = re.compile(r"^(\d+(?:\.\d+)?)%Rx$")
 _AT_DOSE = re.compile(r"^V(\d+(?:\.\d+)?)(Gy|%)\[(?:%|cc)\]$")
-_DERIVED = re.compile(r"_(Ipsi|Contra)$|_PRV\d+$|^(PTV_Mid|Lungs|Parotids)$")  # what custom.dosimetry.regions makes
+_DERIVED = re.compile(r"_(Ipsi|Contra)$|_PRV\d+$|^(Lungs|Parotids)$")  # what custom.dosimetry.regions makes
 _DRAWN = re.compile(r"^[A-Za-z][A-Za-z0-9_~^+]*$")
-TARGETS = {"PTV": None, "PTV_High": "high", "PTV_Low": "lower"}
+TARGETS = {"PTV": None, "PTV_High": "high", "PTV_Mid": "mid", "PTV_Low": "low"}
 EXAMPLE = "'SpinalCord Max[Gy] <= 45' or 'PTV_High D95%[Gy] >= 100%Rx'"
 
 
@@ -134,7 +134,7 @@ def own_objectives(protocol: list[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         structure = row["structure"]
         if not _DRAWN.match(structure) or _DERIVED.search(structure):
-            raise CaseError(f"constraint on {structure}: plan_weight wants a drawn structure, PTV, PTV_High or PTV_Low")
+            raise CaseError(f"constraint on {structure}: plan_weight wants a drawn structure or one of {list(TARGETS)}")
         objective = {"structure": "Target" if structure in TARGETS else structure, "weight": weight,
                      "kind": "max" if row["direction"] == "<=" else "min", "level": TARGETS.get(structure)}
         limit = _dose_limit(row)

@@ -87,6 +87,26 @@ def test_levels_choose_their_targets(case, beams):
     assert dose[case.masks["PTV_6000"]].mean() > 55 and dose[case.masks["PTV_5000"]].mean() < 35
 
 
+@pytest.mark.parametrize(("level", "pulled_down"), [("low", [45]), ("mid", [50]), ("lower", [50, 45])])
+def test_of_three_levels_the_named_one_is_pulled_down(case, beams, level, pulled_down):
+    third = np.roll(case.masks["PTV_5000"], -12, axis=0)  # 60 mm to the right of the second target
+    three = dataclasses.replace(case, masks=case.masks | {"PTV_4500": third},
+                                prescription_gy=case.prescription_gy | {"PTV_4500": 45.0})
+    rows = [*TARGET[:1], Objective("Target", "max", 3000, dose_gy=10.0, level=level)]
+    dose = plan_dose(three, rows, beams=beams, iterations=30).dose_gy
+    for gy in (60, 50, 45):
+        assert (dose[three.masks[f"PTV_{100 * gy}"]].mean() < 0.8 * gy) == (gy in pulled_down)
+
+
+def test_low_and_mid_ask_for_two_and_three_levels(case, beams):
+    """The case has two: nothing is its middle one, and its highest is never its lowest."""
+    one = dataclasses.replace(case, prescription_gy={"PTV_6000": 60.0})
+    for levels, level in ((case, "mid"), (one, "low")):
+        named = Objective("Target", "max", 300, dose_gy=10.0, level=level)
+        plain, same = (plan_dose(levels, rows, beams=beams, iterations=3) for rows in (TARGET, [*TARGET, named]))
+        assert np.array_equal(plain.dose_gy, same.dose_gy)
+
+
 def test_same_case_gives_the_same_plan(case, beams):
     first, again = (plan_dose(case, TARGET, beams=beams, iterations=3, seed=1).dose_gy for _ in range(2))
     assert np.array_equal(first, again)
@@ -122,6 +142,8 @@ def test_the_bundles_objectives_are_read():
     ('{"rows": []}', "expected {'objectives'"),
     ('{"objectives": [{"structure": "Body", "kind": "max", "weight": "5", "dose_gy": 3}]}', "row 1.*as numbers"),
     ('{"objectives": [{"structure": "Body", "kind": "max", "weight": 5, "dose_gy": "3"}]}', "row 1.*as numbers"),
+    ('{"objectives": [{"structure": "Target", "kind": "max", "weight": 5, "dose_gy": 3, "level": "highest"}]}',
+     "row 1: .*level .*'high', 'mid', 'low', 'lower'"),
     ("not JSON", "expected {'objectives'"),
 ])
 def test_objectives_that_cannot_be_read_are_named(tmp_path, text, message):
