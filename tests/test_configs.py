@@ -16,10 +16,10 @@ CONFIGS = Path(__file__).resolve().parents[1] / "bundle" / "configs"
 BASE = "inference.json"
 STAGES = ("train.json", "evaluate.json", "studies.json")  # each is laid over the base
 # each is laid over the base and a stage
-OVERLAYS = ("train_autoencoder.json", "train_broad.json", "train_dvh.json", "ablations.json", "claims.json",
-            "smoke.json", "multi_gpu.json", "shards.json", "deploy.json", "systems/*.json", "constraint_loss.json",
+OVERLAYS = ("train_autoencoder.json", "train_broad.json", "train_dvh.json", "ablations.json",
+            "ablations_broad.json", "claims.json", "smoke.json", "multi_gpu.json", "shards.json", "deploy.json", "systems/*.json", "constraint_loss.json",
             "guidance.json", "protocol_studies.json", "comparison.json", "axial_studies.json")
-UNDER = {"claims.json": ["ablations.json"]}  # overlays that lie over another overlay
+UNDER = {"claims.json": ["ablations.json"], "ablations_broad.json": ["train_broad.json", "ablations.json"]}  # overlays that lie over another overlay
 FILES = sorted(
     path.relative_to(CONFIGS).as_posix() for name in (BASE, *STAGES, *OVERLAYS) for path in CONFIGS.glob(name)
 )
