@@ -106,6 +106,7 @@ def test_some_of_the_variants(tmp_path):
 @pytest.mark.parametrize("overlays, variants, inferers", [
     ((), ["full", "with one plan", "without CT"], {"plain", "flips"}),
     (("claims.json",), ["full", "with the constraint loss", "without structure encoder"], {"one step", "four steps"}),
+    (("train_broad.json", "ablations_broad.json"), ["full", "without CT", "without neighbourhoods"], {"plain"}),
 ])
 def test_the_commands_of_the_page(overlays, variants, inferers, tmp_path):
     """Trained for seconds on coarse synthetic patients, scored on every other one, as the pages' commands do it."""
@@ -114,13 +115,16 @@ def test_the_commands_of_the_page(overlays, variants, inferers, tmp_path):
         plan = plan_dose(case, beamlet_mm=12.0, iterations=6, normalise=True)
         write_study(with_dose(case, plan.dose_gy), tmp_path / "cases" / f"hn_{seed}", patient_id=f"hn_{seed}")
     network = json.loads((ROOT / "bundle" / "configs" / "smoke.json").read_text())["network_def"]
+    if "ablations_broad.json" in overlays:
+        network["broad"] = {"members": 2, "fine_members": 2, "fine_share": 1.0, "target_share": 1.0}
     small = tmp_path / "small.json"
     small.write_text(json.dumps({"network_def": network, "patch_size": [32, 32, 16], "prior_roi_size": [32, 32, 16],
                                  "prior_overlap_voxels": 8}))
     further = [*overlays, str(small)]
     files = [f"bundle/configs/{name}" for name in ("inference.json", "train.json", "ablations.json", *overlays)]
     options = {"further_configs": further, "train_minutes": 0.1, "validation_share": 0.6, "score_every": 2,
-               "num_workers": 1, **({} if overlays else {"ablated": variants, "denoiser_from": 1.0})}
+               "num_workers": 1, **({} if "claims.json" in overlays else {"ablated": variants}),
+               **({} if overlays else {"denoiser_from": 1.0})}
     command = [sys.executable, "-m", "monai.bundle", "run", "ablations", "--config_file", str([*files, str(small)]),
                "--dataset_dir", str(tmp_path / "cases"), "--output_dir", str(tmp_path / "out")]
     for key, value in options.items():

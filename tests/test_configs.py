@@ -11,15 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from monai.bundle import ConfigParser
 
 CONFIGS = Path(__file__).resolve().parents[1] / "bundle" / "configs"
 BASE = "inference.json"
 STAGES = ("train.json", "evaluate.json", "studies.json")  # each is laid over the base
 # each is laid over the base and a stage
-OVERLAYS = ("train_autoencoder.json", "train_broad.json", "train_dvh.json", "ablations.json",
-            "ablations_broad.json", "claims.json", "smoke.json", "multi_gpu.json", "shards.json", "deploy.json", "systems/*.json", "constraint_loss.json",
+OVERLAYS = ("train_autoencoder.json", "train_broad.json", "train_dvh.json", "ablations.json", "ablations_broad.json",
+            "claims.json", "smoke.json", "multi_gpu.json", "shards.json", "deploy.json", "systems/*.json",
+            "constraint_loss.json",
             "guidance.json", "protocol_studies.json", "comparison.json", "axial_studies.json")
-UNDER = {"claims.json": ["ablations.json"], "ablations_broad.json": ["train_broad.json", "ablations.json"]}  # overlays that lie over another overlay
+UNDER = {  # overlays that lie over other overlays
+    "claims.json": ["ablations.json"],
+    "ablations_broad.json": ["train_broad.json", "ablations.json"],
+}
 FILES = sorted(
     path.relative_to(CONFIGS).as_posix() for name in (BASE, *STAGES, *OVERLAYS) for path in CONFIGS.glob(name)
 )
@@ -157,3 +163,16 @@ def test_a_misspelt_key_is_seen(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "CONFIGS", tmp_path)
     assert unknown_keys("systems/good.json") == []
     assert unknown_keys("systems/bad.json") == ["num_step"]
+
+
+def test_channels_are_left_out_of_the_broad_samples_too():
+    """As of the U-Net's crops: an ablation must reach both."""
+    parser = ConfigParser()
+    parser.read_config([str(CONFIGS / name) for name in (BASE, "train.json", "train_broad.json")])
+    names, context = parser["spatial_channels"], parser["context_channels"]
+    parser["train"]["cached"] = [{"image": torch.ones(len(names), 2, 2, 2), "context": torch.ones(len(context))}]
+    parser["left_out"] = ["ct", "plan_mean_"]
+    (item,) = parser.get_parsed_content("broad_samples#data")
+    assert {name for name, channel in zip(names, item["image"]) if not channel.any()} == {"ct"}
+    forgotten = {name for name, value in zip(context, item["context"]) if value == 0}
+    assert forgotten == {name for name in context if name.startswith("plan_mean_")} != set()
