@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from custom.case import CaseError
 from custom.networks.noise import draw_noise
 from custom.protocol.guidance import Guidance, Protocol
+from custom.rois import mirror_order
 
 __all__ = [
     "DoseDiffusionInferer",
@@ -396,14 +397,9 @@ class DoseDiffusionInferer(Inferer):
 
 
 def _swapped_order(names: list[str], pairs: Sequence[Sequence[str]]) -> list[int] | None:
-    """Channel order with each pair of names exchanged."""
+    """Channel order with each pair of names exchanged; all of them are to be channels here."""
     if not names:
         return None
-    order = list(range(len(names)))
-    for left, right in pairs:
-        missing = [name for name in (left, right) if name not in names]
-        if missing:
-            raise CaseError(f"inferer: swap_channels name {missing}, not among the condition_channels {names}")
-        a, b = names.index(left), names.index(right)
-        order[a], order[b] = b, a
-    return order
+    if missing := [name for pair in pairs for name in pair if name not in names]:
+        raise CaseError(f"inferer: swap_channels name {missing}, not among the condition_channels {names}")
+    return mirror_order(names, pairs)
