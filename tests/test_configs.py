@@ -20,8 +20,7 @@ STAGES = ("train.json", "evaluate.json", "studies.json")  # each is laid over th
 # each is laid over the base and a stage
 OVERLAYS = ("train_autoencoder.json", "train_broad.json", "train_dvh.json", "ablations.json", "ablations_broad.json",
             "claims.json", "smoke.json", "multi_gpu.json", "shards.json", "deploy.json", "systems/*.json",
-            "constraint_loss.json",
-            "guidance.json", "protocol_studies.json", "comparison.json", "axial_studies.json")
+            "constraint_loss.json", "guidance.json", "protocol_studies.json", "comparison.json", "axial_studies.json")
 UNDER = {  # overlays that lie over other overlays
     "claims.json": ["ablations.json"],
     "ablations_broad.json": ["train_broad.json", "ablations.json"],

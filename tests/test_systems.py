@@ -182,8 +182,7 @@ def test_real_patient_gets_an_rtdose(trained, shared_dir, tmp_path):
     rtdose = pydicom.dcmread(tmp_path / "out" / "hn_onkodicom" / "RTDOSE.dcm")
     dose_gy = rtdose.pixel_array * float(rtdose.DoseGridScaling)
     assert dose_gy.shape == (186, 512, 512) and rtdose.DoseUnits == "GY"
-    # How hot it gets is up to a training of seconds, which has more steps on an idle machine (290 Gy on a busy one).
-    assert np.isfinite(dose_gy).all() and dose_gy.min() >= 0 and dose_gy.max() > 0
+    assert np.isfinite(dose_gy).all() and dose_gy.min() >= 0 and 0 < dose_gy.max() < 100
     warnings = json.loads((tmp_path / "out" / "hn_onkodicom" / "report.json").read_text())["warnings"]
     assert any("hottest voxel" in text for text in warnings) == (dose_gy.max() > 1.25 * 70)
 
